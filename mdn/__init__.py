@@ -1,0 +1,52 @@
+"""Mixture density networks for Keras: fast training, exact densities, one SavedModel."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mdn import backbones, density, features, heads, losses
+    from mdn.density import GaussianMixture, MultivariateNormalDiag, MultivariateNormalTriL
+    from mdn.errors import MDNError
+    from mdn.model import MDN, load
+
+__version__ = importlib.metadata.version("mdn")
+
+# Imported when first asked for: `import mdn` must not wait for TensorFlow.
+_HOME = {
+    "MDN": "mdn.model",
+    "load": "mdn.model",
+    "GaussianMixture": "mdn.density",
+    "MultivariateNormalDiag": "mdn.density",
+    "MultivariateNormalTriL": "mdn.density",
+    "MDNError": "mdn.errors",
+}
+_MODULES = ("backbones", "density", "features", "heads", "losses")
+
+__all__ = [
+    "MDN",
+    "GaussianMixture",
+    "MDNError",
+    "MultivariateNormalDiag",
+    "MultivariateNormalTriL",
+    "backbones",
+    "density",
+    "features",
+    "heads",
+    "load",
+    "losses",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"mdn.{name}")
+    raise AttributeError(f"module 'mdn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Keras callbacks: TensorBoard, checkpoints and resume, early stopping, protection from NaN."""

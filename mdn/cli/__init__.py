@@ -1,0 +1,1 @@
+"""Entry points: tables of contents."""

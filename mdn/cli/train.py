@@ -1,0 +1,69 @@
+"""`python train.py`: check the config, then train."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from mdn.cli.quiet import import_tensorflow
+from mdn.config import check_config, compose_config, config_dir
+from mdn.errors import MDNError
+
+FAILED, INTERRUPTED = 2, 130
+
+
+def main() -> None:
+    """Run the command line; a mistake is one line on stderr and exit code 2."""
+    overrides = [word for word in sys.argv[1:] if not word.startswith("-")]
+    try:
+        if len(overrides) == len(sys.argv) - 1:  # with a flag of Hydra's, Hydra answers itself
+            compose_config(overrides)
+        hydra.main(str(config_dir()), "config", version_base="1.3")(_job)()
+    except MDNError as error:
+        _fail(error, FAILED)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+
+
+def _job(config: DictConfig) -> float | None:
+    """Train one run; return its test NLL, for a sweep to minimise."""
+    try:
+        check_config(config)
+        _place(config)
+        import_tensorflow()
+        from mdn.training import InterruptedRunError, train
+
+        logger = logging.getLogger("mdn")
+        logger.setLevel(logging.DEBUG)
+        if not logger.handlers:  # a sweep comes here once for each of its runs
+            console = logging.StreamHandler(sys.stdout)
+            console.setLevel(logging.INFO)
+            logger.addHandler(console)
+        try:
+            return train(config, list(HydraConfig.get().overrides.task)).get("test/nll")
+        except InterruptedRunError as error:
+            _fail(error, INTERRUPTED)
+    except MDNError as error:
+        _fail(error, FAILED)
+
+
+def _place(config: DictConfig) -> None:
+    """Give each run of a sweep a directory of its own."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        if config.output_dir is None:
+            config.output_dir = hydra_config.runtime.output_dir
+        else:
+            config.output_dir = str(Path(config.output_dir) / str(hydra_config.job.num))
+
+
+def _fail(error: object, code: int) -> NoReturn:
+    print(f"error: {error}" if code == FAILED else error, file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,366 @@
+"""Composing and checking a config, without TensorFlow, so that a mistake is told at once.
+
+The YAML files under `configs/` name every option. The classes below say, for each constructor
+that they point at, which types and ranges its options have. A constructor that is not ours
+(`_target_` of a user's own) is checked by Python itself when it is called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from mdn.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Names = list[str]
+
+
+class Section(BaseModel):
+    """Options by name; any other name is a mistake."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Target(Section):
+    """Options of a constructor."""
+
+    target: str = Field(alias="_target_")
+
+
+class HeadOptions(Target):
+    event_size: PositiveInt | None
+    positivity: Literal["softplus", "exp", "elu"]
+    min_scale: PositiveFloat
+    kernel_scale: NonNegativeFloat
+
+
+class MixtureOptions(HeadOptions):
+    components: PositiveInt
+
+
+class MLPOptions(Target):
+    widths: Annotated[list[PositiveInt], Field(min_length=1)]
+    activation: str
+    dropout: Share
+    layer_norm: bool
+
+
+class ResNetOptions(Target):
+    width: PositiveInt
+    blocks: PositiveInt
+    activation: str
+    dropout: Share
+    layer_norm: bool
+
+
+class LSTMOptions(Target):
+    units: Annotated[list[PositiveInt], Field(min_length=1)]
+    return_sequences: bool
+    dropout: Share
+
+
+class SimulatorOptions(Target):
+    rows: PositiveInt
+    validation_rows: PositiveInt
+    test_rows: PositiveInt
+    seed: NonNegativeInt
+
+
+class SplitOptions(Target):
+    validation: Annotated[float, Field(gt=0.0, lt=1.0)]
+    test: Annotated[float, Field(gt=0.0, lt=1.0)]
+    seed: NonNegativeInt
+    missing: Literal["error", "indicator"]
+
+
+class TableOptions(SplitOptions):
+    path: str | None
+    targets: Names | None
+    features: Names | None
+    categorical: Names
+    weight: str | None
+    split: Literal["random", "time", "group", "column"]
+    split_column: str | None
+    max_rows: PositiveInt | None
+
+
+class NpzOptions(SplitOptions):
+    path: str | None
+    x_key: str
+    y_key: str
+    weight: str | None
+    fold: NonNegativeInt | None
+    split: Literal["random", "time", "group", "column"]
+    split_column: str | None
+
+
+class FlightsOptions(SplitOptions):
+    split: Literal["time", "group", "random"]
+    max_rows: PositiveInt | None
+
+
+class OptimizerOptions(Target):
+    learning_rate: PositiveFloat
+    global_clipnorm: PositiveFloat | None
+
+
+class AdamWOptions(OptimizerOptions):
+    weight_decay: NonNegativeFloat
+
+
+class SGDOptions(OptimizerOptions):
+    momentum: Share
+    nesterov: bool
+
+
+class EarlyStoppingOptions(Target):
+    monitor: str
+    patience: PositiveInt
+    min_delta: NonNegativeFloat
+
+
+class PlateauOptions(Target):
+    monitor: str
+    factor: Annotated[float, Field(gt=0.0, lt=1.0)]
+    patience: PositiveInt
+    min_lr: NonNegativeFloat
+
+
+class TensorBoardOptions(Target):
+    image_every: NonNegativeInt
+
+
+class CheckpointOptions(Target):
+    keep: PositiveInt
+
+
+class GpuOptions(Target):
+    index: NonNegativeInt
+
+
+class MirroredOptions(Target):
+    devices: PositiveInt | None
+    logical_cpus: PositiveInt | None
+
+
+class MultiWorkerOptions(Target):
+    timeout: PositiveInt
+
+
+class TpuOptions(Target):
+    tpu: str
+
+
+SIMULATORS = (
+    "Sinusoid",
+    "EconDensity",
+    "ArmaJump",
+    "SkewNormal",
+    "LinearGaussian",
+    "TwoMoons",
+    "TwoGaussians",
+    "SLCP",
+)
+
+OPTIONS: dict[str, type[Target]] = {
+    "mdn.heads.Diag": HeadOptions,
+    "mdn.heads.TriL": HeadOptions,
+    "mdn.heads.Mixture": MixtureOptions,
+    "mdn.heads.MixtureDiag": MixtureOptions,
+    "mdn.backbones.MLP": MLPOptions,
+    "mdn.backbones.ResNet": ResNetOptions,
+    "mdn.backbones.Constant": Target,
+    "mdn.backbones.LSTM": LSTMOptions,
+    **{f"mdn.data.simulators.{name}": SimulatorOptions for name in SIMULATORS},
+    "mdn.data.tabular.Csv": TableOptions,
+    "mdn.data.tabular.Parquet": TableOptions,
+    "mdn.data.arrays.Npz": NpzOptions,
+    "mdn.data.flights.Flights": FlightsOptions,
+    "tf_keras.optimizers.Adam": OptimizerOptions,
+    "tf_keras.optimizers.AdamW": AdamWOptions,
+    "tf_keras.optimizers.SGD": SGDOptions,
+    "mdn.callbacks.stopping.EarlyStopping": EarlyStoppingOptions,
+    "mdn.callbacks.stopping.ReduceLROnPlateau": PlateauOptions,
+    "mdn.callbacks.tensorboard.TensorBoard": TensorBoardOptions,
+    "mdn.callbacks.checkpoint.Checkpoint": CheckpointOptions,
+    "mdn.strategy.auto": Target,
+    "mdn.strategy.cpu": Target,
+    "mdn.strategy.gpu": GpuOptions,
+    "mdn.strategy.mirrored": MirroredOptions,
+    "mdn.strategy.multi_worker": MultiWorkerOptions,
+    "mdn.strategy.tpu": TpuOptions,
+}
+
+
+class TrainerOptions(Section):
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    schedule: Literal["constant", "cosine", "plateau"]
+    warmup: Share
+    compiled: bool
+    steps_per_execution: PositiveInt | None
+    deterministic: bool
+    precision: Literal["float32", "mixed_bfloat16"]
+    verbose: Literal[0, 1, 2] | None
+
+
+class TopOptions(Section):
+    loss: Literal["nll"]
+    seed: NonNegativeInt
+    output_dir: str | None
+    overwrite: bool
+    init_from: str | None
+    trainer: TrainerOptions
+    k: PositiveInt | None = None
+
+
+GROUPS = ("model", "backbone", "data", "optimizer", "strategy")
+
+
+def config_dir() -> Path:
+    """Return the folder of the YAML files: in the wheel, or in a checkout beside the package."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def compose_config(overrides: Sequence[str] = ()) -> DictConfig:
+    """Return the checked config of these command-line overrides.
+
+    Raises:
+        ConfigError: a name, type, value or combination cannot work.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            config = compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(_explain(error, overrides)) from error
+    check_config(config)
+    return config
+
+
+def check_config(config: DictConfig) -> None:
+    """Check names, types, ranges and combinations.
+
+    Raises:
+        ConfigError: the first mistake found.
+    """
+    try:
+        values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
+    groups: dict[str, Any] = {str(name): values.pop(name, None) for name in GROUPS}
+    callbacks = values.pop("callbacks", None) or {}
+    _check(TopOptions, values, "")
+    for name, group in groups.items():
+        if not isinstance(group, dict) or "_target_" not in group:
+            raise ConfigError(
+                f"{name}={group!r}: needs a _target_; choose one of {_choices(name)}"
+            )
+    nodes = groups | {f"callbacks.{name}": node for name, node in callbacks.items()}
+    for name, group in nodes.items():
+        if group is not None and group.get("_target_") in OPTIONS:
+            _check(OPTIONS[group["_target_"]], group, f"{name}.")
+    model = groups["model"]
+    if "k" in values and "components" not in model:
+        raise ConfigError(_k_without_components(str(values["k"])))
+
+
+def _check(schema: type[Section], values: dict[str, Any], prefix: str) -> None:
+    try:
+        schema.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = prefix + ".".join(str(part) for part in first["loc"])
+        # The model's `components` is `k` on the command line.
+        key = "k" if key == "model.components" else key.replace("target", "_target_", 0)
+        if first["type"] == "extra_forbidden":
+            known = [f.alias or name for name, f in schema.model_fields.items()]
+            raise ConfigError(
+                f"{key} is no option{_suggest(key.split('.')[-1], known)}"
+            ) from error
+        if first["type"] == "missing":
+            raise ConfigError(f"{key} is not set: give it a value") from error
+        expected = first["msg"].replace("Input should be ", "must be ")
+        if first["type"] == "list_type":
+            expected += f", such as {key}=[{first['input']}]"
+        raise ConfigError(f"{key}={first['input']}: {expected}") from error
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """Say in one line what Hydra says in several, with the remedy."""
+    text = str(error)
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(
+        r"Key '([^']+)' is not in struct", text
+    )
+    if unknown and "No match in the defaults list" not in text:
+        key = unknown.group(1)
+        given = next((o for o in overrides if o.lstrip("+~").split("=")[0] == key), key)
+        if key == "k":
+            return _k_without_components(given.split("=")[-1])
+        return f"{given}: {key} is no option{_suggest(key, _known_keys())}"
+    missing = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
+    if missing:
+        group, name = missing.groups()
+        return f"{group}={name}: there is no such {group}; choose one of {_choices(group)}"
+    group = re.search(r"Could not override '([^']+)'.*No match in the defaults list", text, re.S)
+    if group:
+        return f"{group.group(1)} is no group{_suggest(group.group(1), _known_groups())}"
+    return _one_line(error)
+
+
+def _k_without_components(value: str) -> str:
+    return f"k={value}: this model has no components; use model=mixture or model=mixture_diag"
+
+
+def _known_keys() -> list[str]:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose("config")
+    keys: list[str] = []
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        for name in map(str, node):
+            keys.append(f"{prefix}{name}")
+            if OmegaConf.is_dict(node[name]):
+                walk(node[name], f"{prefix}{name}.")
+
+    walk(config, "")
+    return keys
+
+
+def _known_groups() -> list[str]:
+    return sorted(path.name for path in config_dir().iterdir() if path.is_dir())
+
+
+def _choices(group: str) -> str:
+    return ", ".join(sorted(path.stem for path in (config_dir() / group).glob("*.yaml")))
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else "; see python train.py --help"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

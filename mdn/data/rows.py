@@ -1,0 +1,93 @@
+"""Rows: the aligned features and targets that every source gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+Features = np.ndarray | dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """N aligned examples.
+
+    Attributes:
+        x: [N, F] or [N, T, F] floats, or a mapping from column name to [N] (float64 numbers, or
+            an object array of str with None where missing).
+        y: [N, D] or [N, T, D] float64, in the user's units; NaN marks a missing entry.
+        weight: [N] float64 row weights with mean one over the train rows, or None.
+    """
+
+    x: Features
+    y: np.ndarray
+    weight: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, index: np.ndarray) -> Rows:
+        """Return the rows at `index` ([n] integers), in that order."""
+        x = {k: v[index] for k, v in self.x.items()} if isinstance(self.x, dict) else self.x[index]
+        return Rows(x, self.y[index], None if self.weight is None else self.weight[index])
+
+
+class Truth(Protocol):
+    """The known density of a simulator."""
+
+    def log_prob(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Return log p(y | x), [N] nats, of y [N, D] given x [N, F]."""
+
+    def entropy(self) -> float:
+        """Return the conditional entropy E[-log p(y | x)] in nats: no model can do better."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a source gives: the three splits, the names, and the truth where it is known.
+
+    Attributes:
+        train: rows to learn from; scalers, vocabularies and starting values see these alone.
+        validation: rows for early stopping and learning-rate plateaus.
+        test: rows that only the evaluation sees.
+        features: names of the F features (or of the columns of `x`).
+        targets: names of the D targets.
+        missing: "error", or "indicator": how a missing feature is met (see `mdn.features`).
+        truth: the density that the rows were drawn from, for simulators.
+        notes: what the source counted, as flat keys for metrics.json.
+    """
+
+    train: Rows
+    validation: Rows
+    test: Rows
+    features: tuple[str, ...]
+    targets: tuple[str, ...]
+    missing: str = "error"
+    truth: Truth | None = None
+    notes: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of every row of every split, as hexadecimal."""
+        digest = hashlib.sha256()
+        for rows in (self.train, self.validation, self.test):
+            columns = rows.x if isinstance(rows.x, dict) else {"": rows.x}
+            for name, column in [*columns.items(), ("y", rows.y), ("weight", rows.weight)]:
+                if column is None:
+                    continue
+                digest.update(f"{name}:{column.shape};".encode())
+                if column.dtype == object:
+                    digest.update("\x1f".join("" if v is None else v for v in column).encode())
+                else:
+                    digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()
+
+
+class Source(Protocol):
+    """A data source: options in the constructor, rows from `load`."""
+
+    def load(self) -> Data:
+        """Read or draw the rows, and split them."""

@@ -1,0 +1,341 @@
+"""Tables: rows from CSV and Parquet files with named columns."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import difflib
+import glob
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet
+
+from mdn.data.checks import RowName, check_rows, check_weight, find_missing
+from mdn.data.rows import Data, Features, Rows
+from mdn.data.splits import Split, split_data, split_indices, thin
+from mdn.errors import DataError
+
+
+@dataclasses.dataclass
+class Table(abc.ABC):
+    """Rows of one or more files with the same named columns.
+
+    Numbers and booleans become float64. Dates become days since 1970-01-01 UTC as float64, which
+    is also what an exported model takes for them. All else is a category: an object array of str
+    with None where missing. If no feature column is left, x is [N, 0].
+
+    Args:
+        path: a file, a folder, or a glob; several files are read in the order of their names.
+        targets: the columns to predict.
+        features: the columns to predict from; default: all but the targets, the weight and the
+            split column.
+        categorical: feature columns to read as categories although they hold numbers or dates.
+        weight: a column of row weights, at least zero; scaled to mean one over the train rows.
+        missing: "error", or "indicator": missing features are allowed.
+        split: how to split the rows, see `mdn.data.splits.split_indices`.
+        split_column: the column to split by; none for a random split.
+        validation: fraction of the rows.
+        test: fraction of the rows.
+        seed: of the split.
+        max_rows: read evenly spaced rows, at most this many.
+    """
+
+    path: str | None = None
+    targets: Sequence[str] | None = None
+    features: Sequence[str] | None = None
+    categorical: Sequence[str] = ()
+    weight: str | None = None
+    missing: Literal["error", "indicator"] = "error"
+    split: Split = "random"
+    split_column: str | None = None
+    validation: float = 0.1
+    test: float = 0.1
+    seed: int = 0
+    max_rows: int | None = None
+
+    kind: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+
+    @abc.abstractmethod
+    def _names(self, file: Path) -> list[str]:
+        """Return the names of the columns."""
+
+    @abc.abstractmethod
+    def _read(self, file: Path, columns: list[str]) -> pd.DataFrame:
+        """Read these columns."""
+
+    def load(self) -> Data:
+        """Read, check and split the rows.
+
+        Raises:
+            DataError: a file, a column or a value cannot be used; the message says which.
+        """
+        if not self.targets:
+            raise DataError(
+                "data.targets is not set: name the columns to predict, data.targets=[...]"
+            )
+        files = _find_files(self.path, self.suffixes)
+        names = self._common_names(files)
+        features = self._choose_features(names)
+        options = [self.weight, self.split_column]
+        used = list(dict.fromkeys([*self.targets, *features, *filter(None, options)]))
+        frames = [_attempt(self.kind, file, lambda f: self._read(f, used)) for file in files]
+        frame = pd.concat(frames, keys=[str(file) for file in files], names=["file", "row"])
+        if frame.empty:
+            raise DataError(f"{self.path} has column names but no rows: give a file with rows")
+        frame = frame.iloc[thin(len(frame), self.max_rows)]
+
+        def row(i: int) -> str:
+            file, number = frame.index[i]
+            return f"row {number} of {file}"  # the first row is row 0
+
+        x: Features = {name: self._to_feature(frame[name], row) for name in features}
+        if not features:
+            x = np.zeros((len(frame), 0))
+        y = np.column_stack(
+            [_to_number(frame[name], f"target {name!r}", row) for name in self.targets]
+        )
+        weight = None
+        if self.weight is not None:
+            label = f"weight column {self.weight!r}"
+            weight = _to_number(frame[self.weight], label, row)
+            check_weight(weight, label, row)
+        check_rows(x, y, self.missing, targets=self.targets, row=row)
+        indices = split_indices(
+            len(y),
+            self.split,
+            None if self.split_column is None else frame[self.split_column],
+            validation=self.validation,
+            test=self.test,
+            seed=self.seed,
+        )
+        return split_data(
+            Rows(x, y, weight),
+            indices,
+            features=tuple(features),
+            targets=tuple(self.targets),
+            missing=self.missing,
+        )
+
+    def _common_names(self, files: list[Path]) -> list[str]:
+        """Return the column names of the first file, which all the others have too."""
+        first: list[str] = []
+        for file in files:
+            names = _attempt(self.kind, file, self._names)
+            if len(twice := pd.Index(names)[pd.Index(names).duplicated()]):
+                raise DataError(f"{file} has two columns named {twice[0]!r}: rename one")
+            first = first or names
+            if odd := sorted(set(first) ^ set(names)):
+                raise DataError(
+                    f"{file} and {files[0]} have different columns: "
+                    f"{_shorten(odd)} in one alone; give files of one kind"
+                )
+        return first
+
+    def _choose_features(self, names: list[str]) -> list[str]:
+        for option in ("targets", "features", "categorical", "weight", "split_column"):
+            value = getattr(self, option) or []
+            wanted = [value] if isinstance(value, str) else list(value)
+            for name in wanted:
+                if name not in names:
+                    close = difflib.get_close_matches(name, names, n=3)
+                    hint = f"did you mean {' or '.join(close)}? " if close else ""
+                    raise DataError(
+                        f"data.{option}: there is no column {name!r} in {self.path}: "
+                        f"{hint}It has {_shorten(names)}"
+                    )
+                if wanted.count(name) > 1:
+                    raise DataError(f"data.{option} names {name!r} twice: name it once")
+        assert self.targets is not None
+        if self.features is not None:
+            if both := [name for name in self.features if name in self.targets]:
+                raise DataError(
+                    f"{both[0]!r} is a target and a feature: take it from data.targets or "
+                    "from data.features"
+                )
+            features = list(self.features)
+        else:
+            special = {*self.targets, self.weight, self.split_column}
+            features = [name for name in names if name not in special]
+        if odd := [name for name in self.categorical if name not in features]:
+            raise DataError(
+                f"data.categorical: {odd[0]!r} is not a feature: add it to data.features"
+            )
+        return features
+
+    def _to_feature(self, column: pd.Series, row: RowName) -> np.ndarray:
+        """Return a column as [N] float64, or as an object array of str and None."""
+        name = column.name
+        if name in self.categorical or isinstance(column.dtype, pd.CategoricalDtype):
+            return _to_text(column)
+        kind = pd.api.types.infer_dtype(column, skipna=True)
+        if kind in ("boolean", "integer", "floating", "mixed-integer-float", "decimal", "empty"):
+            return column.to_numpy(np.float64, na_value=np.nan)
+        if kind in ("datetime64", "datetime", "date"):
+            return _to_days(column)
+        scalar = kind != "mixed" or column.map(pd.api.types.is_scalar).all()
+        if kind not in ("string", "mixed-integer", "mixed") or not scalar:
+            raise DataError(
+                f"feature {name!r} holds {kind} values, not numbers, text or dates: "
+                "leave it out of data.features"
+            )
+        known = ~find_missing(column.to_numpy(object))
+        present = column[known].astype(str)
+        if present.str.match(r"\d{4}-\d\d-\d\d").all():
+            days = pd.to_datetime(present, utc=True, format="ISO8601", errors="coerce")
+            if days.notna().all():
+                return _to_days(days.reindex(column.index))
+        odd = pd.to_numeric(present, errors="coerce").isna().to_numpy()
+        if 0 < odd.mean() < 0.5:
+            i = int(np.flatnonzero(known)[odd.argmax()])
+            raise DataError(
+                f"feature {name!r} holds numbers but also {column.iloc[i]!r}, in {row(i)}: "
+                f"mend it, or set data.categorical=[{name}]"
+            )
+        return _to_text(column)
+
+
+class Csv(Table):
+    """Rows of CSV files in UTF-8, with commas and a line of column names.
+
+    Columns without a name, such as a saved index, are left out. Text whose every cell is an ISO
+    8601 date counts as dates. pandas decides what is missing: an empty cell, NA, n/a, null, NaN...
+    """
+
+    kind = "CSV"
+    suffixes = (".csv", ".csv.gz")
+
+    def _names(self, file: Path) -> list[str]:
+        head = _head(file)
+        if not head:
+            raise DataError(f"{file} is empty: give a file with rows")
+        if head.startswith(b"PAR1"):
+            raise DataError(f"{file} is a Parquet file, not CSV: use data=parquet")
+        if file.suffix != ".gz" and b"\0" in head:
+            raise DataError(f"{file} is not CSV but binary, or not UTF-8: save it as CSV in UTF-8")
+        line = pd.read_csv(
+            file,
+            header=None,
+            nrows=1,
+            dtype=str,
+            keep_default_na=False,
+            encoding="utf-8-sig",
+            skipinitialspace=True,
+        )
+        return [name for name in line.iloc[0] if name]
+
+    def _read(self, file: Path, columns: list[str]) -> pd.DataFrame:
+        with warnings.catch_warnings():
+            # More cells than names: pandas would take the first column for an index, or cut cells.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(
+                file,
+                index_col=False,
+                dtype=dict.fromkeys(self.categorical, str),
+                encoding="utf-8-sig",
+                skipinitialspace=True,
+                low_memory=False,
+            )
+        return frame[columns]
+
+
+class Parquet(Table):
+    """Rows of Parquet files."""
+
+    kind = "Parquet"
+    suffixes = (".parquet", ".pq")
+
+    def _names(self, file: Path) -> list[str]:
+        head = _head(file)
+        if not head:
+            raise DataError(f"{file} is empty: give a file with rows")
+        if not head.startswith(b"PAR1"):
+            raise DataError(f"{file} is not a Parquet file: for CSV use data=csv")
+        names = pyarrow.parquet.read_schema(file).names
+        return [name for name in names if not name.startswith("__index_level_")]
+
+    def _read(self, file: Path, columns: list[str]) -> pd.DataFrame:
+        with pyarrow.parquet.ParquetFile(file) as stream:
+            return stream.read(columns).to_pandas(ignore_metadata=True)[columns]
+
+
+def _find_files(path: str | None, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the files that a path stands for, sorted by name."""
+    if not path:
+        raise DataError(
+            "data.path is not set: give a file, a folder or a glob, "
+            f"e.g. data.path=rows{suffixes[0]}"
+        )
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = [f for f in sorted(place.iterdir()) if f.name.endswith(suffixes)]
+        if not files:
+            raise DataError(f"data.path={path} is a folder with no {' or '.join(suffixes)} file")
+        return files
+    if place.exists():
+        return [place]
+    files = [Path(f) for f in sorted(glob.glob(str(place), recursive=True)) if Path(f).is_file()]
+    if not files:
+        raise DataError(f"data.path={path} matches no file: check the path")
+    return files
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(4096)
+
+
+def _attempt(kind: str, file: Path, read: Callable):
+    """Return read(file), with what the parsers raise as one line."""
+    try:
+        return read(file)
+    except DataError:
+        raise
+    except Exception as error:  # pandas, pyarrow and the decompressors raise a dozen types
+        first = str(error).strip().partition("\n")[0]
+        raise DataError(f"{file} cannot be read as {kind}: {first}") from error
+
+
+def _to_number(column: pd.Series, label: str, row: RowName) -> np.ndarray:
+    """Return a target or weight column as [N] float64, NaN where missing."""
+    kind = pd.api.types.infer_dtype(column, skipna=True)
+    if kind in ("datetime64", "datetime", "date", "timedelta64", "timedelta"):
+        raise DataError(f"{label} holds dates or durations, not numbers: convert it to numbers")
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(object)
+    numbers = pd.to_numeric(column, errors="coerce")
+    odd = (numbers.isna() & column.notna()).to_numpy()
+    if odd.any():
+        i = int(odd.argmax())
+        raise DataError(
+            f"{label} is {column.iloc[i]!r} in {row(i)}, not a number: mend or empty that cell"
+        )
+    return numbers.to_numpy(np.float64, na_value=np.nan)
+
+
+def _to_text(column: pd.Series) -> np.ndarray:
+    """Return a column as an object array of str, None where missing or empty."""
+    values = column.astype(object)
+    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
+        values = column.astype("Int64").astype(object)  # a missing value made integers floats
+    text = values.map(str, na_action="ignore").to_numpy(object, copy=True)
+    text[find_missing(text)] = None
+    return text
+
+
+def _to_days(column: pd.Series) -> np.ndarray:
+    """Return dates as days since 1970-01-01 UTC, [N] float64; dates without a zone are in UTC."""
+    times = pd.to_datetime(column, utc=True)
+    days = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)
+    return days.to_numpy(np.float64, na_value=np.nan)
+
+
+def _shorten(names: list[str], limit: int = 12) -> str:
+    """Return a list of column names as a phrase of bounded length."""
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ("columns " if len(names) > 1 else "column ") + ", ".join(names[:limit]) + rest

@@ -1,0 +1,147 @@
+"""The Gaussian mixture that a mixture density network returns.
+
+Shape letters: B batch, D event size, K components.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+from tensorflow_probability import distributions as tfd
+from tensorflow_probability.python.internal import dtype_util, parameter_properties
+
+from mdn.density.normal import MultivariateNormalDiag, MultivariateNormalTriL
+from mdn.density.queries import MixtureParameters, Queries
+
+
+class GaussianMixture(Queries, tfd.MixtureSameFamily):
+    """A mixture of K multivariate normals, a `tfd.MixtureSameFamily` built from plain tensors.
+
+    Its `log_prob` marginalises NaN entries, its moments are closed forms, and as a tensor it is
+    its mean.
+
+    Args:
+        logits: [.., K], unnormalised log weights.
+        loc: [.., K, D], component means.
+        scale_tril: [.., K, D, D], Cholesky factors of the component covariances.
+        validate_args: check the parameters at run time, as in TFP.
+        allow_nan_stats: as in TFP.
+        name: prefix of the operations.
+    """
+
+    def __init__(
+        self,
+        logits: Any,
+        loc: Any,
+        scale_tril: Any,
+        validate_args: bool = False,
+        allow_nan_stats: bool = True,
+        name: str = "GaussianMixture",
+    ) -> None:
+        parameters = dict(locals())
+        with tf.name_scope(name) as name:
+            dtype = dtype_util.common_dtype([logits, loc, scale_tril], tf.float32)
+            logits, loc, scale_tril = (
+                tf.convert_to_tensor(value, dtype) for value in (logits, loc, scale_tril)
+            )
+            super().__init__(
+                tfd.Categorical(logits=logits),
+                MultivariateNormalTriL(loc, scale_tril, validate_args=validate_args),
+                validate_args=validate_args,
+                allow_nan_stats=allow_nan_stats,
+                name=name,
+            )
+            self._parameters = self._no_dependency(parameters)
+
+    @classmethod
+    def from_diag(cls, logits: Any, loc: Any, scale_diag: Any) -> GaussianMixture:
+        """Return a mixture whose components have diagonal covariances.
+
+        Args:
+            logits: [.., K].
+            loc: [.., K, D].
+            scale_diag: [.., K, D], standard deviations.
+        """
+        return DiagGaussianMixture(logits, loc, scale_diag)
+
+    @classmethod
+    def _parameter_properties(cls, dtype: Any, num_classes: Any = None) -> dict[str, Any]:
+        return {
+            "logits": parameter_properties.ParameterProperties(event_ndims=1),
+            "loc": parameter_properties.ParameterProperties(event_ndims=2),
+            "scale_tril": parameter_properties.ParameterProperties(event_ndims=3),
+        }
+
+    @property
+    def logits(self) -> tf.Tensor:
+        """[.., K], unnormalised log weights."""
+        return self.mixture_distribution.logits
+
+    @property
+    def loc(self) -> tf.Tensor:
+        """[.., K, D], component means."""
+        return self.components_distribution.loc
+
+    @property
+    def scale_tril(self) -> tf.Tensor:
+        """[.., K, D, D], Cholesky factors of the component covariances."""
+        return self.components_distribution.scale_tril
+
+    def mixture_parameters(self) -> MixtureParameters:
+        return MixtureParameters(self.logits, self.loc, self.scale_tril)
+
+
+class DiagGaussianMixture(GaussianMixture):
+    """A `GaussianMixture` that stores and evaluates diagonal covariances in O(K D).
+
+    Args:
+        logits: [.., K], unnormalised log weights.
+        loc: [.., K, D], component means.
+        scale_diag: [.., K, D], component standard deviations.
+        validate_args: check the parameters at run time, as in TFP.
+        allow_nan_stats: as in TFP.
+        name: prefix of the operations.
+    """
+
+    def __init__(
+        self,
+        logits: Any,
+        loc: Any,
+        scale_diag: Any,
+        validate_args: bool = False,
+        allow_nan_stats: bool = True,
+        name: str = "DiagGaussianMixture",
+    ) -> None:
+        parameters = dict(locals())
+        with tf.name_scope(name) as name:
+            dtype = dtype_util.common_dtype([logits, loc, scale_diag], tf.float32)
+            logits, loc, scale_diag = (
+                tf.convert_to_tensor(value, dtype) for value in (logits, loc, scale_diag)
+            )
+            super(GaussianMixture, self).__init__(
+                tfd.Categorical(logits=logits),
+                MultivariateNormalDiag(loc, scale_diag, validate_args=validate_args),
+                validate_args=validate_args,
+                allow_nan_stats=allow_nan_stats,
+                name=name,
+            )
+            self._parameters = self._no_dependency(parameters)
+
+    @classmethod
+    def _parameter_properties(cls, dtype: Any, num_classes: Any = None) -> dict[str, Any]:
+        return {
+            "logits": parameter_properties.ParameterProperties(event_ndims=1),
+            "loc": parameter_properties.ParameterProperties(event_ndims=2),
+            "scale_diag": parameter_properties.ParameterProperties(event_ndims=2),
+        }
+
+    @property
+    def scale_diag(self) -> tf.Tensor:
+        """[.., K, D], component standard deviations."""
+        return self.components_distribution.scale_diag
+
+    @property
+    def scale_tril(self) -> tf.Tensor:
+        """[.., K, D, D], diagonal Cholesky factors."""
+        return tf.linalg.diag(self.scale_diag)

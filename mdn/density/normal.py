@@ -1,0 +1,49 @@
+"""Multivariate normals that marginalise missing entries and answer what a mixture answers."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from tensorflow_probability import distributions as tfd
+
+from mdn.density.gaussian import diag_log_prob, tril_log_prob
+from mdn.density.queries import MixtureParameters, Queries
+
+
+class MultivariateNormalDiag(Queries, tfd.MultivariateNormalDiag):
+    """`tfd.MultivariateNormalDiag` whose `log_prob` marginalises NaN entries.
+
+    Args:
+        loc: [.., D], the mean.
+        scale_diag: [.., D], the standard deviations.
+    """
+
+    def _log_prob(self, y: tf.Tensor) -> tf.Tensor:
+        return diag_log_prob(y, self.loc, self.scale_diag)
+
+    @property
+    def scale_diag(self) -> tf.Tensor:
+        """[.., D], the standard deviations."""
+        return self._scale_diag
+
+    def mixture_parameters(self) -> MixtureParameters:
+        return _one_component(self.loc, tf.linalg.diag(self.scale_diag))
+
+
+class MultivariateNormalTriL(Queries, tfd.MultivariateNormalTriL):
+    """`tfd.MultivariateNormalTriL` whose `log_prob` marginalises NaN entries.
+
+    Args:
+        loc: [.., D], the mean.
+        scale_tril: [.., D, D], the Cholesky factor of the covariance.
+    """
+
+    def _log_prob(self, y: tf.Tensor) -> tf.Tensor:
+        return tril_log_prob(y, self.loc, self.scale_tril)
+
+    def mixture_parameters(self) -> MixtureParameters:
+        return _one_component(self.loc, self.scale_tril)
+
+
+def _one_component(loc: tf.Tensor, scale_tril: tf.Tensor) -> MixtureParameters:
+    loc = loc[..., tf.newaxis, :]  # [.., 1, D]
+    return MixtureParameters(tf.zeros_like(loc[..., 0]), loc, scale_tril[..., tf.newaxis, :, :])

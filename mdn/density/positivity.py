@@ -1,0 +1,74 @@
+"""Unconstrained numbers to scales: a positive diagonal, and the triangle that stands on it.
+
+`scale_tril` equals `tfb.FillScaleTriL` in parameter order and value. It is spelled out because
+the bijector fails under XLA when the batch size is not static, and in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from mdn.errors import ConfigError
+
+
+def _elu_inverse(scale: tf.Tensor) -> tf.Tensor:
+    return tf.where(scale > 1.0, scale - 1.0, tf.math.log(tf.minimum(scale, 1.0)))
+
+
+# name -> (unconstrained to positive, its inverse)
+POSITIVITY: dict[str, tuple[Callable, Callable]] = {
+    "softplus": (tf.math.softplus, tfp.math.softplus_inverse),
+    "exp": (tf.math.exp, tf.math.log),
+    "elu": (lambda raw: 1.0 + tf.nn.elu(raw), _elu_inverse),
+}
+
+
+def check_positivity(name: str) -> str:
+    """Return `name` if it is known.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if name not in POSITIVITY:
+        raise ConfigError(f"positivity={name!r} is unknown: choose one of {', '.join(POSITIVITY)}")
+    return name
+
+
+def scale_diag(raw: tf.Tensor, positivity: str, floor: tf.Tensor) -> tf.Tensor:
+    """Return floor + positive(raw): [.., D] standard deviations.
+
+    Args:
+        raw: [.., D], unconstrained.
+        positivity: "softplus", "exp" or "elu" (1 + ELU).
+        floor: [D], the smallest scale, positive.
+    """
+    return floor + POSITIVITY[positivity][0](raw)
+
+
+def scale_diag_inverse(scale: tf.Tensor, positivity: str, floor: tf.Tensor) -> tf.Tensor:
+    """Return the raw [.., D] of which `scale_diag` makes `scale`, which is above the floor."""
+    return POSITIVITY[positivity][1](scale - floor)
+
+
+def scale_tril(raw: tf.Tensor, positivity: str, floor: tf.Tensor) -> tf.Tensor:
+    """Return the [.., D, D] lower triangle filled from raw [.., D(D+1)/2], as FillScaleTriL does.
+
+    Args:
+        raw: [.., D(D+1)/2], unconstrained, in the order of `tfp.math.fill_triangular`.
+        positivity: what makes the diagonal positive, see `scale_diag`.
+        floor: [D], the smallest diagonal entry.
+    """
+    triangle = tfp.math.fill_triangular(raw)  # [.., D, D]
+    diagonal = scale_diag(tf.linalg.diag_part(triangle), positivity, floor)
+    # A mask and not set_diag, which XLA cannot compile for a dynamic batch.
+    eye = tf.eye(floor.shape[-1], dtype=tf.bool)
+    return tf.where(eye, diagonal[..., tf.newaxis], triangle)
+
+
+def scale_tril_inverse(scale: tf.Tensor, positivity: str, floor: tf.Tensor) -> tf.Tensor:
+    """Return the raw [.., D(D+1)/2] of which `scale_tril` makes `scale` [.., D, D]."""
+    diagonal = scale_diag_inverse(tf.linalg.diag_part(scale), positivity, floor)
+    return tfp.math.fill_triangular_inverse(tf.linalg.set_diag(scale, diagonal))

@@ -1,0 +1,51 @@
+"""What every density of `mdn` answers, whatever its type: the interface shared by all three.
+
+Shape letters: B batch, D event size, K components.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+
+class MixtureParameters(NamedTuple):
+    """A density seen as a Gaussian mixture; a normal is a mixture with K = 1.
+
+    Attributes:
+        logits: [.., K], unnormalised log weights.
+        loc: [.., K, D], component means.
+        scale_tril: [.., K, D, D], Cholesky factors of the component covariances.
+    """
+
+    logits: tf.Tensor
+    loc: tf.Tensor
+    scale_tril: tf.Tensor
+
+
+class Queries:
+    """Mixed into a TFP distribution; as a tensor the distribution is its mean."""
+
+    log_prob: Any
+    mean: Any
+    batch_shape: Any
+    event_shape: Any
+    parameters: dict[str, Any]
+    parameter_properties: Any
+
+    def mixture_parameters(self) -> MixtureParameters:
+        """Return the density as the parameters of a Gaussian mixture, in the units of y."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, tf.Tensor]:
+        """Return the tensors that the constructor takes, by name: `type(d)(**d.tensors())`."""
+        return {name: getattr(self, name) for name in self.parameter_properties()}
+
+    # A deterministic answer wherever TensorFlow or NumPy wants a tensor, never a random draw.
+    def __tf_tensor__(self, dtype: tf.DType | None = None, name: str | None = None) -> tf.Tensor:
+        return tf.convert_to_tensor(self.mean(), dtype, name=name)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.mean(), dtype)

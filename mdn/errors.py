@@ -1,0 +1,17 @@
+"""The errors that a user can mend: one line that names the thing, the value and the remedy."""
+
+
+class MDNError(ValueError):
+    """A mistake in what the user gave; the message is one line and ends with the remedy."""
+
+
+class ConfigError(MDNError):
+    """A config key, type, value or combination that cannot work."""
+
+
+class DataError(MDNError):
+    """Rows that cannot be read, or that no density can be fitted to."""
+
+
+class RunError(MDNError):
+    """A run directory, checkpoint or device that cannot be used as asked."""

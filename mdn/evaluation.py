@@ -1,0 +1,302 @@
+"""Evaluation: how good a fitted density is on rows it has not seen, and on a line by itself.
+
+Everything after the network is float64 NumPy; nothing here imports TensorFlow.
+
+Shape letters: N rows, T time, D event size, K components, P patterns of missing entries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy import linalg, special
+
+from mdn.data.rows import Data, Rows
+from mdn.errors import RunError
+
+if TYPE_CHECKING:
+    from mdn.density.queries import Queries
+    from mdn.model import MDN
+
+_EM_STEPS = 500
+_EM_TOLERANCE = 1e-8
+# Added to the unit variances of the baseline, so that targets which determine each other leave
+# its covariance regular.
+_RIDGE = 1e-9
+
+
+# ---------------------------------------------------------------------- margins
+
+
+@dataclasses.dataclass(frozen=True)
+class Margins:
+    """The one-dimensional margins of Gaussian mixtures: for each target a mixture of K normals.
+
+    Attributes:
+        weight: [.., K], sums to one.
+        loc: [.., K, D].
+        scale: [.., K, D], standard deviations.
+    """
+
+    weight: np.ndarray
+    loc: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, density: Queries) -> Margins:
+        """Return the margins of a density with batch [..] and event [D]."""
+        parameters = density.mixture_parameters()
+        logits, loc, scale_tril = (np.asarray(p, np.float64) for p in parameters)
+        return cls(special.softmax(logits, axis=-1), loc, np.linalg.norm(scale_tril, axis=-1))
+
+    def mean(self) -> np.ndarray:
+        """Return the mean, [.., D]."""
+        return self._mix(self.loc)
+
+    def pdf(self, y: np.ndarray) -> np.ndarray:
+        """Return p(y_d) for each d, [.., D], of y [.., D]; NaN where y is."""
+        z = (y[..., np.newaxis, :] - self.loc) / self.scale  # [.., K, D]
+        return self._mix(np.exp(-0.5 * z**2) / (self.scale * math.sqrt(2 * math.pi)))
+
+    def cdf(self, y: np.ndarray) -> np.ndarray:
+        """Return P(Y_d <= y_d) for each d, [.., D], of y [.., D]; NaN where y is."""
+        return self._mix(special.ndtr((y[..., np.newaxis, :] - self.loc) / self.scale))
+
+    def quantile(self, probability: float) -> np.ndarray:
+        """Return the y with cdf(y) = probability, [.., D], by bisection."""
+        component = self.loc + self.scale * special.ndtri(probability)  # [.., K, D]
+        low, high = component.min(axis=-2), component.max(axis=-2)  # the answer is between them
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            below = self.cdf(middle) < probability
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        return 0.5 * (low + high)
+
+    def _mix(self, values: np.ndarray) -> np.ndarray:
+        return np.einsum("...k,...kd->...d", self.weight, values)
+
+
+# ---------------------------------------------------------------------- baseline
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """One normal over all targets: what a density must beat to have learned anything from x.
+
+    Attributes:
+        loc: [D].
+        covariance: [D, D].
+    """
+
+    loc: np.ndarray
+    covariance: np.ndarray
+
+    @classmethod
+    def fit(cls, y: np.ndarray, weight: np.ndarray) -> Gaussian:
+        """Return the maximum-likelihood fit to the entries that are there, by EM.
+
+        Rows that miss the same entries are one pattern, whose sums are taken once: a step of EM
+        costs the same for any number of rows. Where nothing is missing the first step is exact.
+
+        Args:
+            y: [N, D], NaN marks a missing entry; each row and each target has an observed one.
+            weight: [N], positive.
+
+        Source:
+            Little and Rubin (2019), Statistical Analysis with Missing Data, section 8.2.
+        """
+        origin, unit = np.nanmean(y, axis=0), np.nanstd(y, axis=0)
+        z = np.nan_to_num((y - origin) / unit)
+        observed, groups = _group_by_pattern(y)  # [P, D]
+        share = np.array([weight[rows].sum() for rows in groups]) / weight.sum()  # [P]
+        mean = np.stack([np.average(z[i], axis=0, weights=weight[i]) for i in groups])  # [P, D]
+        scatter = np.stack(
+            [np.atleast_2d(np.cov(z[i].T, aweights=weight[i], ddof=0)) for i in groups]
+        )  # [P, D, D]
+        both = observed[:, :, np.newaxis] & observed[:, np.newaxis, :]  # [P, D, D]
+        loc, covariance = np.zeros(len(origin)), np.eye(len(origin))
+        for _ in range(_EM_STEPS):
+            # E: a row's missing entries, regressed on its observed ones. The inverse of the
+            # observed block, with zeros around it, keeps the patterns in one array.
+            inverse = np.linalg.inv(np.where(both, covariance, np.eye(len(loc))))
+            regression = covariance @ np.where(both, inverse, 0.0)  # [P, D, D]
+            filled = loc + np.einsum("pij,pj->pi", regression, mean - loc)  # [P, D]
+            unexplained = covariance - regression @ covariance  # [P, D, D]
+            within = regression @ scatter @ regression.swapaxes(1, 2) + unexplained
+            # M: the moments of the completed rows.
+            new_loc = share @ filled
+            between = np.einsum("pi,pj->pij", filled - new_loc, filled - new_loc)
+            new_covariance = np.einsum("p,pij->ij", share, within + between)
+            new_covariance += _RIDGE * np.eye(len(loc))
+            change = max(np.ptp(new_loc - loc), np.abs(new_covariance - covariance).max())
+            loc, covariance = new_loc, new_covariance
+            if change < _EM_TOLERANCE:
+                break
+        return cls(origin + unit * loc, covariance * np.outer(unit, unit))
+
+    def log_prob(self, y: np.ndarray) -> np.ndarray:
+        """Return the log density of the observed entries of y [N, D], [N] nats."""
+        log_prob = np.zeros(len(y))
+        for observed, rows in zip(*_group_by_pattern(y), strict=True):
+            scale_tril = np.linalg.cholesky(self.covariance[np.ix_(observed, observed)])
+            residual = y[rows][:, observed] - self.loc[observed]  # [n, d]
+            z = linalg.solve_triangular(scale_tril, residual.T, lower=True)  # [d, n]
+            constant = np.log(np.diag(scale_tril)).sum() + 0.5 * len(z) * math.log(2 * math.pi)
+            log_prob[rows] = -0.5 * (z**2).sum(axis=0) - constant
+        return log_prob
+
+
+def _group_by_pattern(y: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the P patterns of observed entries [P, D], and the row numbers of each."""
+    patterns, group = np.unique(~np.isnan(y), axis=0, return_inverse=True)
+    group = group.reshape(-1)  # NumPy 2.0 gives [N, 1]
+    order = np.argsort(group, kind="stable")
+    return patterns, np.split(order, np.cumsum(np.bincount(group))[:-1])
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What the test rows say of a density.
+
+    Attributes:
+        metrics: flat keys for metrics.json.
+        pit: [n, D], each observed test entry through the cdf of its margin, else NaN: uniform on
+            [0, 1] where the density is calibrated.
+    """
+
+    metrics: dict[str, float]
+    pit: np.ndarray
+
+
+def evaluate(model: MDN, data: Data, batch_size: int = 4096) -> Evaluation:
+    """Judge the density on the test rows, and the baseline and the truth on the same rows.
+
+    A row is one with weight and with an observed target; of sequences, each such step that is
+    not padding. Missing entries are marginalised; row weights weigh every mean.
+
+    Args:
+        model: adapted, and trained or not.
+        data: where the rows come from.
+        batch_size: rows that go through the network at a time.
+
+    Returns:
+        The metrics, where they have a meaning for these data:
+
+            test/nll, test/nll_se: nats per row, and the standard error of that mean.
+            test/n: number of rows.
+            test/nll_complete, test/n_complete: of the rows that miss no target, if others do.
+            test/rmse/<target>, and test/rmse of a single target: of the mean, in its units.
+            test/coverage50, test/coverage90: share of the observed entries inside the central
+                50 and 90 % intervals of their margins.
+            test/regret, test/regret_se: paired mean of log p_true - log q, nats per row.
+            baseline/nll, baseline/nll_complete: of one Gaussian fitted to the train targets.
+            data/entropy: of the truth, nats per row.
+
+    Raises:
+        RunError: the density of a test row is not finite.
+    """
+    test, train = data.test, data.train
+    log_prob = np.empty(test.y.shape[:-1])  # [N] or [N, T]
+    pit, error = np.empty(test.y.shape), np.empty(test.y.shape)
+    for rows, density in model.densities(test.x, batch_size):
+        margins = Margins.of(density)
+        log_prob[rows] = density.log_prob(test.y[rows].astype(density.dtype.as_numpy_dtype))
+        pit[rows] = margins.cdf(test.y[rows])
+        error[rows] = test.y[rows] - margins.mean()
+    counted = find_counted(test)
+    if not np.isfinite(log_prob[counted]).all():
+        row = int(np.argwhere(counted & ~np.isfinite(log_prob))[0][0])
+        raise RunError(
+            f"the density of test row {row} is not finite: look at its features and targets, or "
+            "train with a lower optimizer.learning_rate"
+        )
+    y, weight = _observed(test)  # [n, D], [n]
+    log_prob, pit, error = log_prob[counted], pit[counted], error[counted]
+    baseline = Gaussian.fit(*_observed(train)).log_prob(y)  # [n]
+
+    metrics = {"test/n": float(len(y))}
+    metrics["test/nll"], metrics["test/nll_se"] = _mean(-log_prob, weight)
+    metrics["baseline/nll"], _ = _mean(-baseline, weight)
+    complete = ~np.isnan(y).any(axis=1)
+    if complete.any() and not complete.all():
+        metrics["test/n_complete"] = float(complete.sum())
+        metrics["test/nll_complete"], _ = _mean(-log_prob[complete], weight[complete])
+        metrics["baseline/nll_complete"], _ = _mean(-baseline[complete], weight[complete])
+    for name, column in zip(data.targets, error.T, strict=True):
+        if not np.isnan(column).all():
+            metrics[f"test/rmse/{name}"] = math.sqrt(_mean(column**2, weight)[0])
+    if len(data.targets) == 1:
+        metrics["test/rmse"] = metrics[f"test/rmse/{data.targets[0]}"]
+    for percent in (50, 90):
+        inside = np.where(np.isnan(pit), np.nan, np.abs(pit - 0.5) <= percent / 200)
+        metrics[f"test/coverage{percent}"], _ = _mean(inside, weight)
+    if data.truth is not None:
+        truth = data.truth.log_prob(test.y, np.asarray(test.x))[counted]
+        metrics["test/regret"], metrics["test/regret_se"] = _mean(truth - log_prob, weight)
+        metrics["data/entropy"] = float(data.truth.entropy())
+    return Evaluation(metrics, pit)
+
+
+def find_counted(rows: Rows) -> np.ndarray:
+    """Return which rows, [N], or which steps, [N, T], have a weight and an observed target."""
+    counted = ~np.isnan(rows.y).all(axis=-1)
+    if rows.y.ndim == 3:
+        counted &= ~np.isnan(np.asarray(rows.x)).all(axis=-1)  # a step without features is padding
+    if rows.weight is not None:
+        counted &= rows.weight.reshape(-1, *[1] * (counted.ndim - 1)) > 0
+    return counted
+
+
+def _observed(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Return the targets [n, D] and the weights [n] of the rows or steps that count."""
+    counted = find_counted(rows)
+    weight = np.ones(len(rows)) if rows.weight is None else rows.weight
+    return rows.y[counted], weight[np.nonzero(counted)[0]]
+
+
+def _mean(values: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
+    """Return the weighted mean of [n] or [n, D] values, NaN left out, and its standard error."""
+    weight = np.broadcast_to(weight.reshape(-1, *[1] * (values.ndim - 1)), values.shape)
+    present = ~np.isnan(values)
+    values, weight = values[present], weight[present]
+    mean = np.average(values, weights=weight)
+    error = np.sqrt(np.sum((weight * (values - mean)) ** 2)) / weight.sum()
+    return float(mean), float(error)
+
+
+# ---------------------------------------------------------------------- table
+
+
+def print_table(metrics: dict[str, float], console: Console | None = None) -> None:
+    """Print the metrics of `evaluate` as a small table, at most 80 columns wide."""
+    console = console or Console()
+    title = f"{metrics['test/n']:,.0f} test rows"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("metric", overflow="ellipsis", no_wrap=True)
+    for heading in ("value", "± se", "baseline"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def add(label: str, key: str, form: str = ".4f") -> None:
+        keys = (key, f"{key}_se", key.replace("test/", "baseline/"))
+        cells = [format(metrics[k], form) if k in metrics else "" for k in keys]
+        if cells[0]:
+            table.add_row(label, *cells)
+
+    add("NLL, nats per row", "test/nll")
+    add("NLL, rows with all targets", "test/nll_complete")
+    add("regret, nats per row", "test/regret")
+    add("entropy of the truth", "data/entropy")
+    for key in metrics:
+        if key.startswith("test/rmse/"):
+            add(f"RMSE of {key.removeprefix('test/rmse/')}", key, ".4g")
+    add("coverage of the 50 % interval", "test/coverage50", ".3f")
+    add("coverage of the 90 % interval", "test/coverage90", ".3f")
+    console.print(table, width=min(80, console.width))

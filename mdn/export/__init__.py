@@ -1,0 +1,5 @@
+"""Artefacts that answer a model's questions where `mdn` is not installed."""
+
+from mdn.export.saved_model import export_saved_model
+
+__all__ = ["export_saved_model"]

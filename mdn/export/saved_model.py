@@ -1,0 +1,246 @@
+"""A model as a SavedModel that plain TensorFlow loads: no tf_keras, no TFP, no mdn.
+
+Shape letters: B batch, T time, F features, D event size, K components.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import keyword
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+import mdn
+from mdn.errors import ConfigError, RunError
+from mdn.features import Columns
+from mdn.model import MDN
+
+# The inputs that the signatures add to the features.
+RESERVED = ("y", "n", "seed")
+
+
+def export_saved_model(
+    model: MDN,
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    targets: Sequence[str] = (),
+) -> Path:
+    """Write a SavedModel with the scaling and the feature encoding inside.
+
+    Its signatures take any number of rows and return named tensors, in the units of y:
+
+    - `serving_default`: features to `mean` [B, D], `stddev` [B, D], and the mixture's `logits`
+      [B, K], `loc` [B, K, D] and `scale_tril` [B, K, D, D]; K = 1 for a single normal.
+    - `log_prob`: features and `y` [B, D] (NaN where an entry is missing) to `log_prob` [B], nats.
+    - `sample`: features, `n` int32 and `seed` int32 [2] to `sample` [n, B, D]; a function of the
+      seed: the same draws again.
+
+    The features are `x` ([B, F], or [B, T, F] for sequences), or one [B] for each raw column: a
+    string ("" where missing) or a number (NaN where missing). A density for each step has batch
+    [B, T] in place of [B]. `mdn.json`, beside `saved_model.pb`, states every name, dtype and
+    shape, and the column of each input: `input_names` says where the two differ.
+
+    Args:
+        model: an adapted model; dropout is off in what is written.
+        path: a directory that does not exist yet.
+        overwrite: replace a SavedModel at `path`, once the new one is whole.
+        targets: the D names of y, for `mdn.json`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: there are not D targets.
+        RunError: the model is not adapted, something else is at `path`, or nothing can be written
+            there; what was there before is then untouched.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise RunError(f"{path} exists: remove it, or export with overwrite=True")
+    if path.exists() and not (path / "saved_model.pb").is_file():
+        raise RunError(f"{path} is not a SavedModel, so it stays: give another path")
+    if len(targets) not in (0, model.head.event_size):
+        raise ConfigError(
+            f"targets={list(targets)}: give {model.head.event_size} names, one for each target"
+        )
+    features = _feature_specs(model)
+    signatures = _trace(model, features)
+    home = path.resolve()
+    partial = home.with_name(f".{home.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        with _quiet():
+            tf.saved_model.save(_resources(model), str(partial), signatures)
+        description = _describe(features, targets, signatures)
+        (partial / "mdn.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+        _move(partial, home, overwrite)
+    except (OSError, tf.errors.OpError) as error:
+        raise RunError(f"cannot write {path}: {_reason(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def input_names(columns: Iterable[str]) -> dict[str, str]:
+    """Return the signature input of each raw column: column -> input.
+
+    TensorFlow takes names of letters, digits and underscores that start with a letter, are not
+    words of Python, and differ in more than case. A column named so keeps its name. In others
+    `_` stands for what is not allowed, "column_" goes before what does not start with a letter,
+    and a number after what is taken already (as are `y`, `n` and `seed`).
+    """
+    inputs: dict[str, str] = {}
+    taken = set(RESERVED)
+    # Names that can stay come first, so that no other column takes them.
+    for column in sorted(columns, key=lambda c: _identifier(c) != c):
+        stem = name = _identifier(column)
+        number = 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}_{number}"
+        taken.add(name.lower())
+        inputs[column] = name
+    return inputs
+
+
+def _identifier(column: str) -> str:
+    name = re.sub(r"[^A-Za-z0-9_]+", "_", column)
+    if not name[:1].isalpha():
+        name = f"column_{name.lstrip('_')}"
+    # `self` is an argument of TensorFlow's own.
+    return f"{name}_" if keyword.iskeyword(name) or name == "self" else name
+
+
+def _feature_specs(model: MDN) -> tf.TensorSpec | dict[str, tf.TensorSpec]:
+    """Return what the model takes, under the names of the signatures' inputs."""
+    rank = model.get_build_config()["feature_rank"]
+    if rank is None:
+        raise RunError("the model has no scaling yet: call model.adapt(x, y) on train rows")
+    if isinstance(model.encoder, Columns):
+        names = input_names(model.encoder.names)
+        return {
+            column: tf.TensorSpec(spec.shape, spec.dtype, names[column])
+            for column, spec in model.encoder.signature().items()
+        }
+    return tf.TensorSpec([None] * (rank - 1) + [model.encoder.features], tf.float32, "x")
+
+
+def _trace(model: MDN, features: Any) -> dict[str, Any]:
+    """Return the signatures as concrete functions."""
+
+    @tf.function
+    def serving_default(x: Any) -> dict[str, tf.Tensor]:
+        density = model(x, training=False)
+        return {
+            "mean": density.mean(),
+            "stddev": density.stddev(),
+            **density.mixture_parameters()._asdict(),
+        }
+
+    @tf.function
+    def log_prob(x: Any, y: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"log_prob": model(x, training=False).log_prob(y)}
+
+    @tf.function
+    def sample(x: Any, n: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"sample": model(x, training=False).sample(n, seed=seed)}
+
+    serving = serving_default.get_concrete_function(features)
+    mean = serving.structured_outputs["mean"]  # [B, D] or [B, T, D]
+    return {
+        "serving_default": serving,
+        "log_prob": log_prob.get_concrete_function(
+            features, tf.TensorSpec(mean.shape, mean.dtype, "y")
+        ),
+        "sample": sample.get_concrete_function(
+            features, tf.TensorSpec([], tf.int32, "n"), tf.TensorSpec([2], tf.int32, "seed")
+        ),
+    }
+
+
+def _resources(model: MDN) -> tf.Module:
+    """Return a module of the variables and tables that the signatures read.
+
+    The layers themselves would bring their Keras functions, the optimizer, and warnings.
+    """
+    module = tf.Module()
+    module.resources = [
+        part
+        for layer in (model.encoder, model.backbone, model.head)
+        for part in tf.train.TrackableView(layer).descendants()
+        if isinstance(part, (tf.Variable, tf.saved_model.experimental.TrackableResource))
+    ]
+    return module
+
+
+def _describe(features: Any, targets: Sequence[str], signatures: dict[str, Any]) -> dict[str, Any]:
+    """Return what `mdn.json` says of the artefact."""
+
+    def state(spec: Any) -> dict[str, Any]:
+        return {"dtype": spec.dtype.name, "shape": spec.shape.as_list()}
+
+    columns = features if isinstance(features, dict) else {None: features}
+    return {
+        "mdn": mdn.__version__,
+        "tensorflow": tf.__version__,
+        "features": [
+            {"input": spec.name, "column": column, **state(spec)}
+            for column, spec in columns.items()
+        ],
+        "targets": list(targets),
+        "signatures": {
+            name: {
+                "inputs": {
+                    spec.name: state(spec)
+                    for spec in tf.nest.flatten(function.structured_input_signature)
+                },
+                "outputs": {
+                    output: state(spec) for output, spec in function.structured_outputs.items()
+                },
+            }
+            for name, function in signatures.items()
+        },
+    }
+
+
+def _reason(error: OSError | tf.errors.OpError) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # TensorFlow's "{{node ..}} file; reason [Op:..]", of which only the reason is of use.
+    return error.message.partition("\n")[0].rpartition("; ")[2].partition(" [Op:")[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep TensorFlow from announcing where it writes: a partial directory."""
+    logger = tf.get_logger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _move(new: Path, path: Path, overwrite: bool) -> None:
+    """Rename `new` to `path`; the SavedModel that stands there goes only when it is replaced."""
+    old = path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if overwrite and path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,419 @@
+"""Heads: hidden features [.., H] to a density over y in the user's units.
+
+Each head states its parameter layout once, as an ordered mapping name -> event shape; sizes,
+splitting, starting values and tests derive from it. Targets are standardised inside the head: the
+network learns in unit scale and the density comes out in the units of y, with its Jacobian.
+
+Shape letters: B batch, T time, H hidden, D event size, K components, P parameters, N rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_probability as tfp
+import tf_keras
+from scipy.cluster.vq import kmeans2
+
+from mdn.data.checks import check_targets
+from mdn.data.resolution import resolution
+from mdn.density import (
+    GaussianMixture,
+    MultivariateNormalDiag,
+    MultivariateNormalTriL,
+)
+from mdn.density import positivity as scales
+from mdn.density.queries import Queries
+from mdn.errors import ConfigError, DataError
+
+register = tf_keras.saving.register_keras_serializable(package="mdn")
+
+# A Gaussian start is never narrower than this share of the targets' spread: k-means may return a
+# cluster of equal values, and a scale at its floor has no unconstrained parameter.
+_NARROWEST_START = 0.05
+
+
+class Start(NamedTuple):
+    """Where training begins: K Gaussians in standardised units, as NumPy arrays."""
+
+    weights: np.ndarray  # [K]
+    loc: np.ndarray  # [K, D]
+    scale_tril: np.ndarray  # [K, D, D]
+
+
+class Head(tfp.layers.DistributionLambda):
+    """A layer from hidden features to a density: a projection to P parameters, then the density.
+
+    Args:
+        event_size: D, the number of targets.
+        positivity: what makes scales positive: "softplus", "exp" or "elu" (1 + ELU).
+        min_scale: the floor of the scales, as a share of each target's standard deviation. Where
+            `adapt` finds the targets on a grid of step d, the floor is at least d / sqrt(12).
+        kernel_scale: factor on the initial projection; small, so that training starts from the
+            starting values that `adapt` finds in the data.
+        **kwargs: as for any Keras layer. The density is float32 whatever the compute policy.
+
+    Raises:
+        ConfigError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        event_size: int,
+        *,
+        positivity: str = "softplus",
+        min_scale: float = 1e-3,
+        kernel_scale: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        if event_size < 1:
+            raise ConfigError(f"event_size={event_size}: a density needs at least one target")
+        if not min_scale > 0.0:
+            raise ConfigError(f"min_scale={min_scale}: the floor of the scales must be positive")
+        self.event_size = int(event_size)
+        self.positivity = scales.check_positivity(positivity)
+        self.min_scale = float(min_scale)
+        self.kernel_scale = float(kernel_scale)
+        kwargs.setdefault("dtype", tf_keras.backend.floatx())
+        super().__init__(
+            make_distribution_fn=self.distribution,
+            convert_to_tensor_fn=tfp.distributions.Distribution.mean,
+            **kwargs,
+        )
+        d = self.event_size
+        self.y_loc = self._statistic("y_loc", [d], 0.0)
+        self.y_scale = self._statistic("y_scale", [d], 1.0)
+        self.floor = self._statistic("floor", [d], self.min_scale)  # in standardised units
+        # The bias is made here and not in `build`, so that `adapt` can set it at any time.
+        self.bias = self.add_weight(
+            name="bias", shape=[self.params_size], initializer="zeros", dtype=self.dtype
+        )
+        self._set_start(self._spread_start())
+
+    def _statistic(self, name: str, shape: list[int], value: float) -> tf.Variable:
+        initializer = tf_keras.initializers.Constant(value)
+        return self.add_weight(
+            name=name, shape=shape, initializer=initializer, trainable=False, dtype=self.dtype
+        )
+
+    # ------------------------------------------------------------------ parameters
+
+    @property
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> event shape, in the order in which the last axis holds them."""
+        raise NotImplementedError
+
+    @property
+    def params_size(self) -> int:
+        """P, the length of the parameter axis."""
+        return sum(math.prod(shape) for shape in self.layout.values())
+
+    @property
+    def components(self) -> int:
+        """K; one where the head has no mixture."""
+        return self.layout["logits"][0] if "logits" in self.layout else 1
+
+    def split(self, params: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Return the [.., P] parameters by name, each [.., *event shape]."""
+        sizes = [math.prod(shape) for shape in self.layout.values()]
+        leading = tf.shape(params)[:-1]
+        parts = tf.split(params, sizes, axis=-1)
+        return {
+            name: part if len(shape) == 1 else tf.reshape(part, tf.concat([leading, shape], 0))
+            for (name, shape), part in zip(self.layout.items(), parts, strict=True)
+        }
+
+    def join(self, parts: dict[str, tf.Tensor]) -> tf.Tensor:
+        """Return [.., P] parameters from their parts: the inverse of `split`."""
+        flat = []
+        for name, shape in self.layout.items():
+            leading = tf.shape(parts[name])[: -len(shape)]
+            flat.append(tf.reshape(parts[name], tf.concat([leading, [math.prod(shape)]], 0)))
+        return tf.concat(flat, axis=-1)
+
+    def distribution(self, params: tf.Tensor) -> Queries:
+        """Return the density with batch [..] and event [D] of unconstrained params [.., P]."""
+        raise NotImplementedError
+
+    def parameters(self, distribution: Any) -> tf.Tensor:
+        """Return the params [.., P] of which `distribution` makes this density: its inverse."""
+        raise NotImplementedError
+
+    def _loc(self, raw: tf.Tensor) -> tf.Tensor:
+        return self.y_loc + self.y_scale * raw
+
+    def _loc_inverse(self, loc: tf.Tensor) -> tf.Tensor:
+        return (loc - self.y_loc) / self.y_scale
+
+    def _scale_tril(self, raw: tf.Tensor) -> tf.Tensor:
+        unit = scales.scale_tril(raw, self.positivity, self.floor)
+        return self.y_scale[:, tf.newaxis] * unit
+
+    def _scale_tril_inverse(self, scale_tril: tf.Tensor) -> tf.Tensor:
+        unit = scale_tril / self.y_scale[:, tf.newaxis]
+        return scales.scale_tril_inverse(unit, self.positivity, self.floor)
+
+    def _scale_diag(self, raw: tf.Tensor) -> tf.Tensor:
+        return self.y_scale * scales.scale_diag(raw, self.positivity, self.floor)
+
+    def _scale_diag_inverse(self, scale_diag: tf.Tensor) -> tf.Tensor:
+        return scales.scale_diag_inverse(scale_diag / self.y_scale, self.positivity, self.floor)
+
+    # ------------------------------------------------------------------ layer
+
+    def build(self, input_shape: Any) -> None:
+        """Make the projection for hidden features [.., H]."""
+        kernel = tf_keras.initializers.VarianceScaling(self.kernel_scale**2, mode="fan_in")
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=[input_shape[-1], self.params_size],
+            initializer=kernel,
+            dtype=self.dtype,
+        )
+        super().build(input_shape)
+
+    def call(self, inputs: tf.Tensor, *args: Any, **kwargs: Any) -> Any:
+        params = tf.tensordot(inputs, self.kernel, axes=[[-1], [0]]) + self.bias  # [.., P]
+        params.set_shape([*inputs.shape[:-1], self.params_size])
+        return super().call(params, *args, **kwargs)
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the density of hidden features [.., H]: batch [..], event [D]."""
+        wrapped = super().__call__(inputs, *args, **kwargs)
+        # TFP wraps the density in a class of its own, of which isinstance knows nothing. A
+        # symbolic call of Keras's functional API has no density yet, and keeps the wrapper.
+        return getattr(wrapped, "tensor_distribution", wrapped)
+
+    def compute_output_shape(self, input_shape: Any) -> tf.TensorShape:
+        """Return [.., D], the shape of the density as a tensor (its mean)."""
+        return tf.TensorShape([*input_shape[:-1], self.event_size])
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "dtype": self.dtype,
+            "event_size": self.event_size,
+            "positivity": self.positivity,
+            "min_scale": self.min_scale,
+            "kernel_scale": self.kernel_scale,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Head:
+        return cls(**config)
+
+    # ------------------------------------------------------------------ starting values
+
+    def adapt(self, y: np.ndarray, *, seed: int = 0) -> None:
+        """Set the target scaling, the scale floor and the starting density from train rows.
+
+        Args:
+            y: [N, D] or [N, T, D] in the user's units; NaN marks a missing entry.
+            seed: of the k-means start.
+
+        Raises:
+            DataError: y has no D columns, or a column that is constant or empty.
+        """
+        check_targets(y)
+        y = np.asarray(y, np.float64)
+        if y.shape[-1] != self.event_size:
+            raise DataError(
+                f"y has {y.shape[-1]} targets and the head event_size={self.event_size}: "
+                "make them equal"
+            )
+        y = y.reshape([-1, self.event_size])
+        loc, scale = np.nanmean(y, axis=0), np.nanstd(y, axis=0)
+        grid = np.array([resolution(column) for column in y.T])  # [D], zero where y is not tied
+        self.y_loc.assign(loc)
+        self.y_scale.assign(scale)
+        self.floor.assign(np.maximum(self.min_scale, grid / math.sqrt(12.0) / scale))
+        complete = y[~np.isnan(y).any(axis=1)]
+        if len(complete) == 0:
+            self._set_start(self._spread_start())
+        else:
+            rng = np.random.default_rng([seed, 0x6D646E])
+            self._set_start(_cluster((complete - loc) / scale, self.components, rng))
+
+    def _spread_start(self) -> Start:
+        """Return a start without data: means spread along the diagonal, so that none are equal."""
+        k, d = self.components, self.event_size
+        centres = (np.arange(k) + 0.5) / k * 4.0 - 2.0 if k > 1 else np.zeros(1)
+        scale = np.eye(d) * max(2.0 / k, 2.0 * _NARROWEST_START)
+        return Start(np.full(k, 1.0 / k), np.tile(centres[:, None], d), np.tile(scale, (k, 1, 1)))
+
+    def _set_start(self, start: Start) -> None:
+        loc = self.y_loc + self.y_scale * tf.constant(start.loc, self.dtype)  # [K, D]
+        floor = self.floor.numpy().astype(np.float64)
+        diagonal = np.einsum("kdd->kd", scale_tril := start.scale_tril.copy())
+        diagonal[:] = np.maximum(diagonal, np.maximum(2.0 * floor, floor + _NARROWEST_START))
+        scale = self.y_scale[:, tf.newaxis] * tf.constant(scale_tril, self.dtype)  # [K, D, D]
+        logits = tf.constant(np.log(start.weights), self.dtype)
+        self.bias.assign(self.parameters(self._from_gaussians(logits, loc, scale)))
+
+    def _from_gaussians(self, logits: tf.Tensor, loc: tf.Tensor, scale_tril: tf.Tensor) -> Queries:
+        """Return this head's density of K Gaussians: [K], [K, D], [K, D, D]."""
+        raise NotImplementedError
+
+
+@register
+class Diag(Head):
+    """One normal with a diagonal covariance: `mdn.density.MultivariateNormalDiag`."""
+
+    @property
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        d = self.event_size
+        return {"loc": (d,), "unconstrained_scale": (d,)}
+
+    def distribution(self, params: tf.Tensor) -> MultivariateNormalDiag:
+        parts = self.split(params)
+        return MultivariateNormalDiag(
+            self._loc(parts["loc"]), self._scale_diag(parts["unconstrained_scale"])
+        )
+
+    def parameters(self, distribution: Any) -> tf.Tensor:
+        return self.join(
+            {
+                "loc": self._loc_inverse(distribution.loc),
+                "unconstrained_scale": self._scale_diag_inverse(distribution.scale_diag),
+            }
+        )
+
+    def _from_gaussians(self, logits, loc, scale_tril):
+        return MultivariateNormalDiag(loc[0], tf.norm(scale_tril[0], axis=-1))
+
+
+@register
+class TriL(Head):
+    """One normal with a full covariance: `mdn.density.MultivariateNormalTriL`."""
+
+    @property
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        d = self.event_size
+        return {"loc": (d,), "unconstrained_scale": (d * (d + 1) // 2,)}
+
+    def distribution(self, params: tf.Tensor) -> MultivariateNormalTriL:
+        parts = self.split(params)
+        return MultivariateNormalTriL(
+            self._loc(parts["loc"]), self._scale_tril(parts["unconstrained_scale"])
+        )
+
+    def parameters(self, distribution: Any) -> tf.Tensor:
+        return self.join(
+            {
+                "loc": self._loc_inverse(distribution.loc),
+                "unconstrained_scale": self._scale_tril_inverse(distribution.scale_tril),
+            }
+        )
+
+    def _from_gaussians(self, logits, loc, scale_tril):
+        return MultivariateNormalTriL(loc[0], scale_tril[0])
+
+
+class MixtureHead(Head):
+    """A head with K components.
+
+    Args:
+        event_size: D, the number of targets.
+        components: K.
+        **kwargs: as for `Head`.
+    """
+
+    def __init__(self, event_size: int, components: int = 3, **kwargs: Any) -> None:
+        if components < 1:
+            raise ConfigError(f"components={components}: a mixture needs at least one (k=1)")
+        self._components = int(components)
+        super().__init__(event_size, **kwargs)
+
+    @property
+    def components(self) -> int:
+        return self._components
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "components": self.components}
+
+
+@register
+class Mixture(MixtureHead):
+    """K normals with full covariances: `mdn.GaussianMixture`."""
+
+    @property
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        k, d = self.components, self.event_size
+        return {"logits": (k,), "loc": (k, d), "unconstrained_scale": (k, d * (d + 1) // 2)}
+
+    def distribution(self, params: tf.Tensor) -> GaussianMixture:
+        parts = self.split(params)
+        return GaussianMixture(
+            parts["logits"],
+            self._loc(parts["loc"]),
+            self._scale_tril(parts["unconstrained_scale"]),  # [.., K, D, D]
+        )
+
+    def parameters(self, distribution: Any) -> tf.Tensor:
+        return self.join(
+            {
+                "logits": distribution.logits,
+                "loc": self._loc_inverse(distribution.loc),
+                "unconstrained_scale": self._scale_tril_inverse(distribution.scale_tril),
+            }
+        )
+
+    def _from_gaussians(self, logits, loc, scale_tril):
+        return GaussianMixture(logits, loc, scale_tril)
+
+
+@register
+class MixtureDiag(MixtureHead):
+    """K normals with diagonal covariances: `mdn.GaussianMixture`, evaluated in O(K D)."""
+
+    @property
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        k, d = self.components, self.event_size
+        return {"logits": (k,), "loc": (k, d), "unconstrained_scale": (k, d)}
+
+    def distribution(self, params: tf.Tensor) -> GaussianMixture:
+        parts = self.split(params)
+        return GaussianMixture.from_diag(
+            parts["logits"],
+            self._loc(parts["loc"]),
+            self._scale_diag(parts["unconstrained_scale"]),  # [.., K, D]
+        )
+
+    def parameters(self, distribution: Any) -> tf.Tensor:
+        return self.join(
+            {
+                "logits": distribution.logits,
+                "loc": self._loc_inverse(distribution.loc),
+                "unconstrained_scale": self._scale_diag_inverse(distribution.scale_diag),
+            }
+        )
+
+    def _from_gaussians(self, logits, loc, scale_tril):
+        return GaussianMixture.from_diag(logits, loc, tf.norm(scale_tril, axis=-1))
+
+
+def _cluster(y: np.ndarray, components: int, rng: np.random.Generator) -> Start:
+    """Return K distinct Gaussians from a k-means clustering of standardised y [N, D]."""
+    n, d = y.shape
+    sample = y[rng.permutation(n)[:10_000]]
+    # Rows repeat where targets are tied, and k-means++ would start two means on one spot; a little
+    # noise keeps them apart.
+    sample = sample + rng.normal(scale=1e-3, size=sample.shape)
+    if len(sample) < components:
+        sample = np.tile(sample, (components, 1))
+        sample = sample + rng.normal(scale=_NARROWEST_START, size=sample.shape)
+    loc, label = kmeans2(sample, components, iter=20, minit="++", rng=rng, missing="warn")
+    weights, scale_tril = np.zeros(components), np.zeros([components, d, d])
+    for k in range(components):
+        members = sample[label == k]
+        weights[k] = len(members) + 1.0
+        # Shrunk towards a sphere, as two rows do not determine a covariance.
+        spread = np.cov(members.T, bias=True).reshape(d, d) if len(members) else np.zeros([d, d])
+        share = len(members) / (len(members) + d + 1.0)
+        covariance = share * spread + (1.0 - share) * np.eye(d) / components**2
+        scale_tril[k] = np.linalg.cholesky(covariance + _NARROWEST_START**2 * np.eye(d))
+    return Start(weights / weights.sum(), loc, scale_tril)

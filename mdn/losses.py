@@ -1,0 +1,60 @@
+"""Scores to minimise: [.., D] targets and a density to one number per example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from mdn.errors import ConfigError, DataError
+
+Loss = Callable[[tf.Tensor, Any], tf.Tensor]
+
+
+def nll(y: tf.Tensor, density: Any) -> tf.Tensor:
+    """Return each example's negative log likelihood, -log p(y | x).
+
+    Args:
+        y: [.., D], targets in their original units; NaN marks a missing entry.
+        density: batch [..], event [D].
+
+    Returns:
+        [..], nats per example (not per dimension).
+
+    Raises:
+        DataError: y does not have the shape of the density's event; a stray [B] would broadcast
+            and train wrongly.
+
+    Source:
+        Bishop (1994), Mixture Density Networks, NCRG/94/004.
+    """
+    check_event(y, density)
+    return -density.log_prob(tf.cast(y, density.dtype))
+
+
+def check_event(y: tf.Tensor, density: Any) -> None:
+    """Raise a DataError unless y is [.., D] for a density with batch [..] and event [D]."""
+    batch, d = density.batch_shape, density.event_shape[-1]
+    if y.shape.rank != batch.rank + 1 or y.shape[-1] != d:
+        shape = [*["B", "T"][: batch.rank], d]
+        raise DataError(
+            f"y has shape {list(y.shape)} but the head needs [{', '.join(map(str, shape))}]: "
+            "reshape a single target to [N, 1], or set event_size to the number of targets"
+        )
+
+
+LOSSES: dict[str, Loss] = {"nll": nll}
+
+
+def get(loss: str | Loss) -> Loss:
+    """Return the loss of a name, or a callable as it is.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    if callable(loss):
+        return loss
+    if loss not in LOSSES:
+        raise ConfigError(f"loss={loss!r} is unknown: choose one of {', '.join(LOSSES)}")
+    return LOSSES[loss]

@@ -1,0 +1,336 @@
+"""`MDN`: encoder, backbone and head as one Keras model that returns a density.
+
+Shape letters: B batch, T time, F features, D event size, N rows.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from mdn import backbones, losses
+from mdn.data.checks import check_rows
+from mdn.data.rows import Features
+from mdn.density.queries import Queries
+from mdn.errors import ConfigError, DataError, RunError
+from mdn.features import Columns, Standardize, as_tensors
+from mdn.heads import Head
+
+register = tf_keras.saving.register_keras_serializable(package="mdn")
+
+
+@register
+class MDN(tf_keras.Model):
+    """A conditional density p(y | x) as a Keras model.
+
+    Args:
+        head: what makes the density of hidden features, e.g. `mdn.heads.Mixture(2, 3)`.
+        backbone: a Keras model or layer [.., F] -> [.., H]; default `mdn.backbones.MLP()`.
+        encoder: raw features to [.., F]; by default `adapt` takes `mdn.features.Standardize` for
+            a matrix and `mdn.features.Columns` for a mapping of columns.
+        **kwargs: as for any Keras model.
+
+    Called on x ([B, F], [B, T, F], or a mapping of columns [B]) it returns a density with batch
+    [B] or [B, T] and event [D], in the units of y; see `mdn.density`.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        backbone: tf_keras.layers.Layer | None = None,
+        encoder: Standardize | Columns | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(autocast=False, **kwargs)  # the encoder takes raw features as they are
+        if not isinstance(head, Head):
+            raise ConfigError(
+                f"head={head!r} is no mdn head: use mdn.heads.Mixture(event_size=..)"
+            )
+        self.head = head
+        self.backbone = backbones.MLP() if backbone is None else backbone
+        self.encoder: Any = encoder
+        self.missing = "error"
+        self._feature_rank: int | None = None  # 2 or 3, known from `adapt` on
+        self._score: losses.Loss = losses.nll
+        self._trackers = {
+            name: tf_keras.metrics.Mean(name=name) for name in ("loss", "nll", "gradient_norm")
+        }
+
+    # ------------------------------------------------------------------ starting values
+
+    def adapt(self, x: Features, y: np.ndarray, *, missing: str = "error", seed: int = 0) -> None:
+        """Fit scalers, vocabularies and starting values; give it train rows only.
+
+        Args:
+            x: [N, F], [N, T, F], or a mapping from column name to [N].
+            y: [N, D] or [N, T, D] in the user's units; NaN marks a missing entry.
+            missing: "error" refuses missing features; "indicator" fills them with the mean and
+                tells the network so. Ignored where the model was given an encoder.
+            seed: of the head's k-means start.
+
+        Raises:
+            DataError: rows that no density can be fitted to, see `mdn.data.checks`.
+        """
+        if self.encoder is None:
+            self.encoder = Columns() if isinstance(x, dict) else Standardize(missing)
+        self.missing = missing
+        check_rows(x, y, missing)
+        self.encoder.adapt(x)
+        self.head.adapt(y, seed=seed)
+        self._build_network(2 if isinstance(x, dict) else np.ndim(x))
+
+    def _build_network(self, rank: int) -> None:
+        # One call on zeros makes every weight, also of a backbone that is not ours.
+        self._feature_rank = rank
+        size = (
+            len(self.encoder.names) if isinstance(self.encoder, Columns) else self.encoder.features
+        )
+        zeros = tf.zeros([1] * (rank - 1) + [size], tf_keras.backend.floatx())
+        self(zeros)
+
+    def _check_adapted(self) -> None:
+        if self._feature_rank is None:
+            raise RunError("the model has no scaling yet: call model.adapt(x, y) on train rows")
+
+    # ------------------------------------------------------------------ Keras
+
+    def call(self, inputs: Any, training: bool | None = None) -> Queries:
+        self._check_adapted()
+        hidden = self.encoder(inputs)  # [.., F]
+        hidden = self.backbone(hidden, training=training)  # [.., H]
+        return self.head(hidden)
+
+    def compile(
+        self,
+        optimizer: Any = "adam",
+        loss: str | losses.Loss = "nll",
+        *,
+        jit_compile: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Configure training as in Keras; the negative log likelihood is the default loss.
+
+        Args:
+            optimizer: a Keras optimizer or its name.
+            loss: a name of `mdn.losses.LOSSES`, or a function of (y, density) to [B].
+            jit_compile: compile the step with XLA; by default on one device, and not over several
+                replicas, where XLA cannot be used.
+            **kwargs: as for `tf_keras.Model.compile`; metrics see the mean of the density.
+
+        Raises:
+            ConfigError: the loss is unknown.
+        """
+        self._score = losses.get(loss)
+        if jit_compile is None:
+            jit_compile = self.distribute_strategy.num_replicas_in_sync == 1
+        super().compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile, **kwargs)
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None
+    ) -> tf.Tensor:
+        """Return the mean score of the batch, plus regularisation: a scalar.
+
+        Rows without any observed target, and padded steps, count nothing.
+        """
+        score = self._score(y, y_pred)  # [B] or [B, T]
+        weight = self._weight(x, y, sample_weight)
+        total = tf.reduce_sum(tf.where(weight > 0.0, score * weight, tf.zeros_like(score)))
+        count = tf.maximum(tf.reduce_sum(tf.cast(weight > 0.0, score.dtype)), 1.0)
+        loss = total / count
+        self._trackers["nll"].update_state(loss, sample_weight=count)
+        if self.losses:
+            loss += tf.add_n([tf.cast(term, loss.dtype) for term in self.losses])
+        self._trackers["loss"].update_state(loss, sample_weight=count)
+        return loss
+
+    def _weight(self, x: Any, y: tf.Tensor, sample_weight: Any) -> tf.Tensor:
+        """Return [B] or [B, T]: row weights, zero where there is nothing to learn from."""
+        observed = tf.reduce_any(tf.logical_not(tf.math.is_nan(y)), axis=-1)
+        mask = self.encoder.compute_mask(x)
+        if mask is not None and observed.shape.rank == 2:
+            observed = tf.logical_and(observed, mask)
+        weight = tf.cast(observed, self.head.dtype)
+        if sample_weight is not None:
+            sample_weight = tf.cast(sample_weight, weight.dtype)
+            if sample_weight.shape.rank < weight.shape.rank:
+                sample_weight = sample_weight[:, tf.newaxis]  # [B, 1], the same for every step
+            weight *= sample_weight
+        return weight
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        x, y, sample_weight = tf_keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            density = self(x, training=True)
+            loss = self.compute_loss(x, y, density, sample_weight)
+            # Gradients of the replicas are summed.
+            scaled = loss / self.distribute_strategy.num_replicas_in_sync
+        gradients = tape.gradient(scaled, self.trainable_variables)
+        norm = tf.linalg.global_norm([g for g in gradients if g is not None])
+        self._trackers["gradient_norm"].update_state(norm)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return self.compute_metrics(x, y, density, sample_weight)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        x, y, sample_weight = tf_keras.utils.unpack_x_y_sample_weight(data)
+        density = self(x, training=False)
+        self.compute_loss(x, y, density, sample_weight)
+        results = self.compute_metrics(x, y, density, sample_weight)
+        results.pop("gradient_norm")
+        return results
+
+    def predict_step(self, data: Any) -> tf.Tensor:
+        x, _, _ = tf_keras.utils.unpack_x_y_sample_weight(data)
+        return self(x, training=False).mean()
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> dict[str, Any]:
+        mean = y_pred.mean() if self.compiled_metrics is not None else None
+        results = super().compute_metrics(x, y, mean, sample_weight)
+        return {name: results[name] for name in sorted(results, key=lambda n: n != "loss")}
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `tf_keras.Model.fit` does, after a check of arrays.
+
+        Raises:
+            RunError: `adapt` was not called.
+            DataError: rows that no density can be fitted to.
+        """
+        self._check_adapted()
+        if y is not None:
+            check_rows(x, y, self.missing)
+        if isinstance(kwargs.get("validation_data"), tuple):
+            held_x, *held = kwargs["validation_data"]
+            kwargs["validation_data"] = (self.encode(held_x), *held)
+        return super().fit(self.encode(x), y, *args, **kwargs)
+
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss and the metrics, as `tf_keras.Model.evaluate` does."""
+        return super().evaluate(self.encode(x), y, *args, **kwargs)
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Return the mean of the density at each row, [N, D] or [N, T, D]: never a random draw."""
+        return super().predict(self.encode(x), *args, **kwargs)
+
+    def get_compile_config(self) -> dict[str, Any]:
+        return {} if self.optimizer is None else super().get_compile_config()
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        if config:
+            self.compile(**tf_keras.saving.deserialize_keras_object(config))
+            self.optimizer.build(self.trainable_variables)
+
+    # ------------------------------------------------------------------ answers for many rows
+
+    def encode(self, x: Any) -> Any:
+        """Return raw features as what the compiled steps take: strings become codes.
+
+        Args:
+            x: a mapping of columns, which becomes [N, C] float32; anything else is returned as is.
+        """
+        if isinstance(x, dict) and isinstance(self.encoder, Columns):
+            return self.encoder.codes(as_tensors(x)).numpy()
+        return x
+
+    def densities(self, x: Features, batch_size: int = 4096) -> Iterator[tuple[slice, Queries]]:
+        """Yield (rows, density of those rows), in order, a batch at a time."""
+        self._check_adapted()
+        x = np.asarray(self.encode(x), tf_keras.backend.floatx())
+        for start in range(0, len(x), batch_size):
+            rows = slice(start, min(start + batch_size, len(x)))
+            yield rows, self._density(tf.constant(x[rows]))
+
+    @tf.function(reduce_retracing=True)
+    def _density(self, x: tf.Tensor) -> Queries:
+        return self(x, training=False)
+
+    def predict_distribution(self, x: Features, batch_size: int = 4096) -> Queries:
+        """Return the density of any number of rows.
+
+        Args:
+            x: [N, F], [N, T, F], or a mapping of columns [N].
+            batch_size: rows that go through the network at a time.
+
+        Returns:
+            The head's type, batch [N] or [N, T]; its `parameters` are NumPy arrays.
+        """
+        parts = [density for _, density in self.densities(x, batch_size)]
+        if not parts:
+            raise DataError("x has no rows: give at least one")
+        arrays = {
+            name: np.concatenate([part.tensors()[name].numpy() for part in parts])
+            for name in parts[0].tensors()
+        }
+        return type(parts[0])(**arrays)
+
+    # ------------------------------------------------------------------ saving
+
+    def get_config(self) -> dict[str, Any]:
+        serialize = tf_keras.saving.serialize_keras_object
+        parts = {"head": self.head, "backbone": self.backbone, "encoder": self.encoder}
+        parts = {name: serialize(part) for name, part in parts.items()}
+        return {"name": self.name, "missing": self.missing, **parts}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> MDN:
+        parts = {
+            name: tf_keras.saving.deserialize_keras_object(config[name], custom_objects)
+            for name in ("head", "backbone", "encoder")
+        }
+        model = cls(name=config["name"], **parts)
+        model.missing = config["missing"]
+        return model
+
+    def get_build_config(self) -> dict[str, Any]:
+        return {"feature_rank": self._feature_rank}
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        if config["feature_rank"] is not None:
+            self._build_network(config["feature_rank"])
+
+    def save(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
+        """Write a `.keras` file: whole, or not at all.
+
+        Raises:
+            RunError: the name does not end in .keras, or the file cannot be written.
+        """
+        path = Path(filepath)
+        if path.suffix != ".keras":
+            raise RunError(f"cannot save as {path.name}: the name must end in .keras")
+        if path.exists() and not overwrite:
+            raise RunError(f"{path} exists: remove it, or save with overwrite=True")
+        self._check_adapted()
+        partial = path.with_name(f".{path.stem}.partial.keras")
+        try:
+            super().save(str(partial), **kwargs)
+            os.replace(partial, path)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> MDN:
+    """Return the model of a `.keras` file; nothing in the file can run code.
+
+    Raises:
+        RunError: there is no such file, or it is not a model that mdn saved.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RunError(f"{path} does not exist: give a .keras file that mdn saved")
+    try:
+        model = tf_keras.models.load_model(path, safe_mode=True)
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise RunError(
+            f"{path} cannot be loaded ({reason}): is it a file that mdn saved?"
+        ) from error
+    if not isinstance(model, MDN):
+        raise RunError(f"{path} holds a {type(model).__name__}, not an MDN: load it with tf_keras")
+    return model

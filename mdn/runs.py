@@ -1,0 +1,188 @@
+"""A run directory: opened, resumed or refused, and filled with whole files only."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mdn.errors import RunError
+
+# What a run writes, and so all that `overwrite=true` may remove.
+CONTENTS = (
+    ".hydra",
+    "checkpoints",
+    "metrics.json",
+    "model.keras",
+    "plots",
+    "provenance.json",
+    "saved_model",
+    "tensorboard",
+    "train.log",
+)
+
+# Keys that do not change what a run computes.
+_INCIDENTAL = ("output_dir", "overwrite")
+
+
+class RunDirectory:
+    """The directory of one run.
+
+    Args:
+        config: the checked config; `output_dir` names the directory, or None for a new one.
+        overrides: the command line, for `.hydra/overrides.yaml`.
+
+    Raises:
+        RunError: the directory holds a finished run, or one with another config, or other files,
+            and `overwrite` is not set; or it cannot be written to.
+    """
+
+    def __init__(self, config: DictConfig, overrides: list[str] | None = None) -> None:
+        self.config = config
+        self.overrides = overrides or []
+        self.path = Path(config.output_dir or _new_path(config))
+        self.overwrite = bool(config.overwrite)
+        self.resumed = self._check()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def _check(self) -> bool:
+        """Return whether an unfinished run with this config is there, to be resumed."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"output_dir={self.path} is a file: name a directory")
+        parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not os.access(parent, os.W_OK):
+            raise RunError(f"output_dir={self.path} cannot be written: {parent} is read-only")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return False
+        if not (self / ".hydra" / "config.yaml").is_file():
+            raise RunError(f"output_dir={self.path} holds other files: name a new directory")
+        if self.overwrite:
+            return False
+        if (self / "metrics.json").exists():
+            raise RunError(
+                f"output_dir={self.path} holds a finished run: set overwrite=true to replace it"
+            )
+        before = OmegaConf.load(self / ".hydra" / "config.yaml")
+        changed = _differences(_comparable(before), _comparable(self.config))
+        if changed:
+            raise RunError(
+                f"output_dir={self.path} holds a run with another config ({changed}): name a new "
+                "directory, or set overwrite=true to replace it"
+            )
+        return True
+
+    def create(self) -> None:
+        """Make the directory with `.hydra/`; with `overwrite`, remove the run before."""
+        try:
+            if self.overwrite:
+                for name in CONTENTS:
+                    _remove(self / name)
+            (self / ".hydra").mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(self.config, self / ".hydra" / "config.yaml")
+            OmegaConf.save(OmegaConf.create(self.overrides), self / ".hydra" / "overrides.yaml")
+        except OSError as error:
+            raise RunError(
+                f"output_dir={self.path} cannot be written ({error.strerror}): name another"
+            ) from error
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """Append what the package logs to `train.log`."""
+        handler = logging.FileHandler(self / "train.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger = logging.getLogger("mdn")
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file, whole or not at all."""
+        partial = self / f".{name}.partial"
+        try:
+            partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+            os.replace(partial, self / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise RunError(f"cannot write {self / name}: {error.strerror}") from error
+
+
+def provenance(config: DictConfig, fingerprint: str) -> dict[str, Any]:
+    """Return what it takes to make a run again: versions, seed, data hash, command, revision."""
+    packages = ("mdn", "numpy", "tensorflow", "tensorflow-probability", "tf-keras", "hydra-core")
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "seed": int(config.seed),
+        "data_sha256": fingerprint,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _git_revision() -> str | None:
+    """Return the revision of the checkout that the package is in, with + if it was changed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        tracked = subprocess.run(
+            [*git, "ls-files", "--error-unmatch", __file__], capture_output=True
+        )
+        if head.returncode or tracked.returncode:
+            return None
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
+    except OSError:
+        return None
+    return head.stdout.strip() + ("+" if changed.returncode else "")
+
+
+def _new_path(config: DictConfig) -> Path:
+    now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    return Path("runs") / now
+
+
+def _comparable(config: Any) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, dict):
+            for name, value in node.items():
+                walk(value, f"{prefix}.{name}" if prefix else str(name))
+        else:
+            flat[prefix] = node
+
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    walk({k: v for k, v in values.items() if k not in _INCIDENTAL}, "")
+    return flat
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    keys = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+    shown = [f"{k} was {before.get(k)} and is {now.get(k)}" for k in keys[:3]]
+    return ", ".join(shown) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
