@@ -4,6 +4,9 @@
 class MDNError(ValueError):
     """A mistake in what the user gave; the message is one line and ends with the remedy."""
 
+    # Raised while TensorFlow traces a step, an error keeps its type only if it is made this way.
+    __init__ = Exception.__init__
+
 
 class ConfigError(MDNError):
     """A config key, type, value or combination that cannot work."""

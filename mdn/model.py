@@ -59,9 +59,19 @@ class MDN(tf_keras.Model):
         self.missing = "error"
         self._feature_rank: int | None = None  # 2 or 3, known from `adapt` on
         self._score: losses.Loss = losses.nll
-        self._trackers = {
-            name: tf_keras.metrics.Mean(name=name) for name in ("loss", "nll", "gradient_norm")
-        }
+        self._make_trackers()
+
+    # Keras would take the state of a tracked metric for weights of the model.
+    @tf.__internal__.tracking.no_automatic_dependency_tracking
+    def _make_trackers(self) -> None:
+        self._loss_tracker = tf_keras.metrics.Mean(name="loss")
+        self._nll_tracker = tf_keras.metrics.Mean(name="nll")
+        self._norm_tracker = tf_keras.metrics.Mean(name="gradient_norm")
+
+    @property
+    def metrics(self) -> list[tf_keras.metrics.Metric]:
+        """The metrics that Keras resets at the start of each epoch."""
+        return [self._loss_tracker, self._nll_tracker, self._norm_tracker, *super().metrics]
 
     # ------------------------------------------------------------------ starting values
 
@@ -94,6 +104,13 @@ class MDN(tf_keras.Model):
         )
         zeros = tf.zeros([1] * (rank - 1) + [size], tf_keras.backend.floatx())
         self(zeros)
+
+    def _check_event(self, y: np.ndarray) -> None:
+        if np.shape(y)[-1:] != (self.head.event_size,):
+            raise DataError(
+                f"y has shape {list(np.shape(y))} but the head has event_size="
+                f"{self.head.event_size}: give [N, {self.head.event_size}]"
+            )
 
     def _check_adapted(self) -> None:
         if self._feature_rank is None:
@@ -135,34 +152,30 @@ class MDN(tf_keras.Model):
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None
     ) -> tf.Tensor:
-        """Return the mean score of the batch, plus regularisation: a scalar.
+        """Return the mean of weight times score over the batch, plus regularisation: a scalar.
 
         Rows without any observed target, and padded steps, count nothing.
         """
         score = self._score(y, y_pred)  # [B] or [B, T]
-        weight = self._weight(x, y, sample_weight)
-        total = tf.reduce_sum(tf.where(weight > 0.0, score * weight, tf.zeros_like(score)))
-        count = tf.maximum(tf.reduce_sum(tf.cast(weight > 0.0, score.dtype)), 1.0)
-        loss = total / count
-        self._trackers["nll"].update_state(loss, sample_weight=count)
+        counted = self._counted(x, y)
+        count = tf.maximum(tf.reduce_sum(tf.cast(counted, score.dtype)), 1.0)
+        if sample_weight is not None:
+            sample_weight = tf.cast(sample_weight, score.dtype)
+            if sample_weight.shape.rank < score.shape.rank:
+                sample_weight = sample_weight[:, tf.newaxis]  # [B, 1], the same for every step
+            score *= sample_weight
+        loss = tf.reduce_sum(tf.where(counted, score, tf.zeros_like(score))) / count
+        self._nll_tracker.update_state(loss, sample_weight=count)
         if self.losses:
             loss += tf.add_n([tf.cast(term, loss.dtype) for term in self.losses])
-        self._trackers["loss"].update_state(loss, sample_weight=count)
+        self._loss_tracker.update_state(loss, sample_weight=count)
         return loss
 
-    def _weight(self, x: Any, y: tf.Tensor, sample_weight: Any) -> tf.Tensor:
-        """Return [B] or [B, T]: row weights, zero where there is nothing to learn from."""
+    def _counted(self, x: Any, y: tf.Tensor) -> tf.Tensor:
+        """Return [B] or [B, T]: where there is something to learn from."""
         observed = tf.reduce_any(tf.logical_not(tf.math.is_nan(y)), axis=-1)
         mask = self.encoder.compute_mask(x)
-        if mask is not None and observed.shape.rank == 2:
-            observed = tf.logical_and(observed, mask)
-        weight = tf.cast(observed, self.head.dtype)
-        if sample_weight is not None:
-            sample_weight = tf.cast(sample_weight, weight.dtype)
-            if sample_weight.shape.rank < weight.shape.rank:
-                sample_weight = sample_weight[:, tf.newaxis]  # [B, 1], the same for every step
-            weight *= sample_weight
-        return weight
+        return observed & mask if mask is not None and observed.shape.rank == 2 else observed
 
     def train_step(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = tf_keras.utils.unpack_x_y_sample_weight(data)
@@ -173,7 +186,7 @@ class MDN(tf_keras.Model):
             scaled = loss / self.distribute_strategy.num_replicas_in_sync
         gradients = tape.gradient(scaled, self.trainable_variables)
         norm = tf.linalg.global_norm([g for g in gradients if g is not None])
-        self._trackers["gradient_norm"].update_state(norm)
+        self._norm_tracker.update_state(norm)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
         return self.compute_metrics(x, y, density, sample_weight)
 
@@ -204,6 +217,7 @@ class MDN(tf_keras.Model):
         self._check_adapted()
         if y is not None:
             check_rows(x, y, self.missing)
+            self._check_event(y)
         if isinstance(kwargs.get("validation_data"), tuple):
             held_x, *held = kwargs["validation_data"]
             kwargs["validation_data"] = (self.encode(held_x), *held)
@@ -211,6 +225,8 @@ class MDN(tf_keras.Model):
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Return the loss and the metrics, as `tf_keras.Model.evaluate` does."""
+        if y is not None:
+            self._check_event(y)
         return super().evaluate(self.encode(x), y, *args, **kwargs)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Checks: what can be fitted passes, and what cannot is named."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from mdn.data.checks import (
@@ -117,6 +118,8 @@ def test_batch_size():
 
 
 def test_find_missing():
-    assert find_missing(np.array(["a", "", None, NAN], object)).tolist() == [False] + [True] * 3
+    assert find_missing(np.array(["a", "", None, NAN, pd.NA], object)).tolist() == [False] + 4 * [
+        True
+    ]
     assert find_missing(np.array([0.0, NAN])).tolist() == [False, True]
     assert find_missing(np.array([0, 1])).tolist() == [False, False]

@@ -188,6 +188,12 @@ def test_max_rows_are_even(kind, tmp_path):
     assert sorted(collect(data, "y")[:, 0]) == sorted(make_frame()["y"][::4])
 
 
+def test_one_name_needs_no_list(tmp_path):
+    path = write(make_frame(), tmp_path, "csv")
+    one = Csv(path, "y", "city").load()
+    assert one.fingerprint() == Csv(path, ["y"], ["city"]).load().fingerprint()
+
+
 @pytest.mark.parametrize("kind", SOURCES)
 def test_no_features_left(kind, tmp_path):
     assert load_one(kind, make_frame()[["y"]], tmp_path).train.x.shape == (32, 0)
@@ -336,16 +342,20 @@ def test_parquet_types(tmp_path):
             "zoned": pd.date_range("2020-01-01", periods=12, tz="Europe/Paris"),
             "kind": pd.Categorical(["a", "b", None] * 4),
             "codes": ["1", "2", ""] * 4,
+            "maybe": pd.array([True, None, False] * 4, dtype="boolean"),
             "a.b": np.arange(12, dtype=np.float32),
         },
         index=pd.Index(range(12), name=None)[::-1],
     )
     x = collect(load_one("parquet", frame, tmp_path, missing="indicator"))
-    assert list(x) == ["when", "zoned", "kind", "codes", "a.b"]
+    assert list(x) == ["when", "zoned", "kind", "codes", "maybe", "a.b"]
     assert x["when"].min() == (datetime.date(2020, 1, 1) - datetime.date(1970, 1, 1)).days
     assert x["zoned"].min() == pytest.approx(x["when"].min() - 1 / 24)
     assert set(x["kind"]) == {"a", "b", None}
     assert set(x["codes"]) == {"1", "2", None}
+    np.testing.assert_array_equal(np.sort(x["maybe"]), [0] * 4 + [1] * 4 + [np.nan] * 4)
+    with pytest.raises(DataError, match=r"feature 'maybe' is missing in every row"):
+        load_one("parquet", frame.assign(maybe=None), tmp_path, missing="indicator")
     with pytest.raises(DataError, match=r"feature 'codes' holds mixed values.*leave it out"):
         load_one("parquet", frame.assign(codes=[[1]] * 12), tmp_path, missing="indicator")
 

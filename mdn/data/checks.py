@@ -147,7 +147,9 @@ def check_batch_size(n: int, batch_size: int) -> None:
 def find_missing(column: np.ndarray) -> np.ndarray:
     """Return where a column is missing: NaN, None, or an empty string."""
     missing = pd.isna(column)
-    return missing | (column == "") if column.dtype.kind in "OU" else missing
+    if column.dtype.kind in "OU":
+        return np.where(missing, "", column) == ""  # pd.NA itself compares with nothing
+    return missing
 
 
 def _check_feature(

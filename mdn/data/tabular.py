@@ -61,6 +61,11 @@ class Table(abc.ABC):
     kind: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
 
+    def __post_init__(self) -> None:
+        for option in ("targets", "features", "categorical"):
+            if isinstance(value := getattr(self, option), str):
+                setattr(self, option, [value])  # data.targets=y means data.targets=[y]
+
     @abc.abstractmethod
     def _names(self, file: Path) -> list[str]:
         """Return the names of the columns."""
@@ -129,7 +134,8 @@ class Table(abc.ABC):
             names = _attempt(self.kind, file, self._names)
             if len(twice := pd.Index(names)[pd.Index(names).duplicated()]):
                 raise DataError(f"{file} has two columns named {twice[0]!r}: rename one")
-            first = first or names
+            if not first:
+                first = names
             if odd := sorted(set(first) ^ set(names)):
                 raise DataError(
                     f"{file} and {files[0]} have different columns: "
@@ -151,16 +157,16 @@ class Table(abc.ABC):
                     )
                 if wanted.count(name) > 1:
                     raise DataError(f"data.{option} names {name!r} twice: name it once")
-        assert self.targets is not None
+        targets = self.targets or ()
         if self.features is not None:
-            if both := [name for name in self.features if name in self.targets]:
+            if both := [name for name in self.features if name in targets]:
                 raise DataError(
                     f"{both[0]!r} is a target and a feature: take it from data.targets or "
                     "from data.features"
                 )
             features = list(self.features)
         else:
-            special = {*self.targets, self.weight, self.split_column}
+            special = {*targets, self.weight, self.split_column}
             features = [name for name in names if name not in special]
         if odd := [name for name in self.categorical if name not in features]:
             raise DataError(
@@ -240,6 +246,7 @@ class Csv(Table):
                 encoding="utf-8-sig",
                 skipinitialspace=True,
                 low_memory=False,
+                float_precision="round_trip",  # pandas 2 rounds otherwise, pandas 3 does not
             )
         return frame[columns]
 

@@ -19,6 +19,7 @@ from typing import Any
 import tensorflow as tf
 
 import mdn
+from mdn.density import MixtureParameters
 from mdn.errors import ConfigError, RunError
 from mdn.features import Columns
 from mdn.model import MDN
@@ -78,7 +79,7 @@ def export_saved_model(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        with _quiet():
+        if True:  # TEMP
             tf.saved_model.save(_resources(model), str(partial), signatures)
         description = _describe(features, targets, signatures)
         (partial / "mdn.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
@@ -98,17 +99,23 @@ def input_names(columns: Iterable[str]) -> dict[str, str]:
     `_` stands for what is not allowed, "column_" goes before what does not start with a letter,
     and a number after what is taken already (as are `y`, `n` and `seed`).
     """
+    columns = list(columns)
     inputs: dict[str, str] = {}
     taken = set(RESERVED)
-    # Names that can stay come first, so that no other column takes them.
-    for column in sorted(columns, key=lambda c: _identifier(c) != c):
+    for column in columns:
+        if _identifier(column) == column and column.lower() not in taken:
+            inputs[column] = column
+            taken.add(column.lower())
+    for column in columns:
+        if column in inputs:
+            continue
         stem = name = _identifier(column)
         number = 1
         while name.lower() in taken:
             number += 1
             name = f"{stem}_{number}"
-        taken.add(name.lower())
         inputs[column] = name
+        taken.add(name.lower())
     return inputs
 
 
@@ -152,7 +159,8 @@ def _trace(model: MDN, features: Any) -> dict[str, Any]:
 
     @tf.function
     def sample(x: Any, n: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"sample": model(x, training=False).sample(n, seed=seed)}
+        density = model(x, training=False)
+        return {"sample": draw(density.mixture_parameters(), n, seed)}
 
     serving = serving_default.get_concrete_function(features)
     mean = serving.structured_outputs["mean"]  # [B, D] or [B, T, D]
@@ -165,6 +173,35 @@ def _trace(model: MDN, features: Any) -> dict[str, Any]:
             features, tf.TensorSpec([], tf.int32, "n"), tf.TensorSpec([2], tf.int32, "seed")
         ),
     }
+
+
+def draw(parameters: MixtureParameters, n: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Return n draws from a mixture: [n, .., D].
+
+    TFP's own sampling fails where there are no rows, and makes K draws to keep one.
+
+    Args:
+        parameters: batch [..], K components.
+        n: int32 scalar.
+        seed: int32 [2]; the draws are the same on every device.
+    """
+    logits, loc, scale_tril = parameters
+    seeds = tf.random.split(seed, 2, "philox")
+
+    def shape(like: tf.Tensor) -> tf.Tensor:
+        return tf.concat([[n], tf.shape(like)], axis=0)
+
+    level = tf.random.stateless_uniform(
+        shape(logits[..., :1]), seeds[0], dtype=loc.dtype, alg="philox"
+    )  # [n, .., 1]
+    noise = tf.random.stateless_normal(
+        shape(loc[..., 0, :]), seeds[1], dtype=loc.dtype, alg="philox"
+    )  # [n, .., D]
+    below = level >= tf.cumsum(tf.nn.softmax(logits), axis=-1)[..., :-1]  # [n, .., K - 1]
+    component = tf.one_hot(tf.math.count_nonzero(below, -1), logits.shape[-1], dtype=loc.dtype)
+    return tf.einsum("n...k,...ki->n...i", component, loc) + tf.einsum(
+        "n...k,...kij,n...j->n...i", component, scale_tril, noise
+    )
 
 
 def _resources(model: MDN) -> tf.Module:
