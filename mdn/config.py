@@ -32,7 +32,7 @@ from pydantic import (
 from mdn.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Names = list[str]
+Names = str | list[str]  # one name stands for a list of one
 
 
 class Section(BaseModel):
@@ -297,9 +297,8 @@ def _check(schema: type[Section], values: dict[str, Any], prefix: str) -> None:
         key = "k" if key == "model.components" else key.replace("target", "_target_", 0)
         if first["type"] == "extra_forbidden":
             known = [f.alias or name for name, f in schema.model_fields.items()]
-            raise ConfigError(
-                f"{key} is no option{_suggest(key.split('.')[-1], known)}"
-            ) from error
+            near = [*(prefix + name for name in known), *_known_keys()]
+            raise ConfigError(f"{key} is no option{_suggest(key, near)}") from error
         if first["type"] == "missing":
             raise ConfigError(f"{key} is not set: give it a value") from error
         expected = first["msg"].replace("Input should be ", "must be ")
@@ -327,7 +326,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     group = re.search(r"Could not override '([^']+)'.*No match in the defaults list", text, re.S)
     if group:
         return f"{group.group(1)} is no group{_suggest(group.group(1), _known_groups())}"
-    return _one_line(error)
+    return f"{' '.join(overrides)}: {_one_line(error)}"
 
 
 def _k_without_components(value: str) -> str:

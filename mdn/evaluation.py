@@ -20,7 +20,7 @@ from mdn.data.rows import Data, Rows
 from mdn.errors import RunError
 
 if TYPE_CHECKING:
-    from mdn.density.queries import Queries
+    from mdn.density.queries import MixtureParameters
     from mdn.model import MDN
 
 _EM_STEPS = 500
@@ -48,9 +48,8 @@ class Margins:
     scale: np.ndarray
 
     @classmethod
-    def of(cls, density: Queries) -> Margins:
-        """Return the margins of a density with batch [..] and event [D]."""
-        parameters = density.mixture_parameters()
+    def of(cls, parameters: MixtureParameters) -> Margins:
+        """Return the margins of a density, given its `mixture_parameters()`."""
         logits, loc, scale_tril = (np.asarray(p, np.float64) for p in parameters)
         return cls(special.softmax(logits, axis=-1), loc, np.linalg.norm(scale_tril, axis=-1))
 
@@ -133,7 +132,7 @@ class Gaussian:
             between = np.einsum("pi,pj->pij", filled - new_loc, filled - new_loc)
             new_covariance = np.einsum("p,pij->ij", share, within + between)
             new_covariance += _RIDGE * np.eye(len(loc))
-            change = max(np.ptp(new_loc - loc), np.abs(new_covariance - covariance).max())
+            change = max(np.abs(new_loc - loc).max(), np.abs(new_covariance - covariance).max())
             loc, covariance = new_loc, new_covariance
             if change < _EM_TOLERANCE:
                 break
@@ -207,7 +206,7 @@ def evaluate(model: MDN, data: Data, batch_size: int = 4096) -> Evaluation:
     log_prob = np.empty(test.y.shape[:-1])  # [N] or [N, T]
     pit, error = np.empty(test.y.shape), np.empty(test.y.shape)
     for rows, density in model.densities(test.x, batch_size):
-        margins = Margins.of(density)
+        margins = Margins.of(density.mixture_parameters())
         log_prob[rows] = density.log_prob(test.y[rows].astype(density.dtype.as_numpy_dtype))
         pit[rows] = margins.cdf(test.y[rows])
         error[rows] = test.y[rows] - margins.mean()
@@ -285,7 +284,7 @@ def print_table(metrics: dict[str, float], console: Console | None = None) -> No
         table.add_column(heading, justify="right", no_wrap=True)
 
     def add(label: str, key: str, form: str = ".4f") -> None:
-        keys = (key, f"{key}_se", key.replace("test/", "baseline/"))
+        keys = (key, f"{key}_se", f"baseline/{key.partition('/')[2]}")
         cells = [format(metrics[k], form) if k in metrics else "" for k in keys]
         if cells[0]:
             table.add_row(label, *cells)

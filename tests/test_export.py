@@ -401,6 +401,12 @@ def test_wrong_number_of_targets_is_refused(two_models, tmp_path):
 
 
 def test_export_is_silent(exported, tmp_path, capfd):
-    for name in ("columns", "lstm_last_step"):
-        export_saved_model(exported[name][0], tmp_path / name)
+    logger = tf.get_logger()
+    level = logger.level
+    logger.setLevel("INFO")  # as in a notebook
+    try:
+        for name in ("columns", "lstm_last_step"):
+            export_saved_model(exported[name][0], tmp_path / name)
+    finally:
+        logger.setLevel(level)
     assert capfd.readouterr() == ("", "")

@@ -79,7 +79,7 @@ def export_saved_model(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        if True:  # TEMP
+        with _quiet():
             tf.saved_model.save(_resources(model), str(partial), signatures)
         description = _describe(features, targets, signatures)
         (partial / "mdn.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")

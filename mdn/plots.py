@@ -1,0 +1,409 @@
+"""Plots: a density beside the rows it must explain, its training, its calibration.
+
+Every function returns a `matplotlib.figure.Figure` and leaves matplotlib's global state alone.
+
+Shape letters: N rows, T time, D event size, K components, X and Y cells of a picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from mdn.data.rows import Data, Features, Rows
+from mdn.data.splits import thin
+from mdn.errors import RunError
+from mdn.evaluation import Evaluation, Margins, find_counted
+
+if TYPE_CHECKING:
+    from mdn.model import MDN
+
+_COLORMAP = "viridis"
+_INK, _GREY = "#262626", "#8c8c8c"
+_BLUE, _ORANGE, _GREEN, _PURPLE, _RED = "#31688e", "#e07b39", "#35906b", "#7b5ea7", "#c44e52"
+_SERIES = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED)
+_CELLS = 240  # across a picture, and up
+_MOST_ROWS = 2000
+
+
+def save_plots(
+    model: MDN,
+    data: Data,
+    history: Mapping[str, Sequence[float]],
+    evaluation: Evaluation,
+    directory: str | Path,
+) -> list[Path]:
+    """Write density.png, history.png (if there is a history) and calibration.png.
+
+    Args:
+        model: trained.
+        data: where the test rows come from.
+        history: metric name -> its value after each epoch.
+        evaluation: of the model on the test rows.
+        directory: made if it is not there.
+
+    Returns:
+        The files.
+
+    Raises:
+        RunError: a file cannot be written.
+    """
+    figures = {"density": density_figure(model, data)}
+    if any(history.values()):
+        figures["history"] = history_figure(history)
+    figures["calibration"] = calibration_figure(evaluation.pit, data.targets)
+    paths = []
+    for name, figure in figures.items():
+        path = Path(directory) / f"{name}.png"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=160)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+        paths.append(path)
+    return paths
+
+
+# ---------------------------------------------------------------------- density
+
+
+def density_figure(
+    model: MDN, data: Data, rows: Rows | None = None, size: tuple[float, float] = (8.0, 5.0)
+) -> Figure:
+    """Draw p(y | x) with observed targets on top, in the way that suits the shapes.
+
+    One target and one number for a feature: the density over that feature. One target otherwise:
+    the density over the rows in the order of their predicted mean. Two targets or more: the
+    density of the first two given the features of four rows. Sequences: the density of the first
+    target over the steps of one of them. No influence of the features: one density, all rows.
+
+    Args:
+        model: adapted, and trained or not.
+        data: where the names come from.
+        rows: the rows to show, by default the test rows; of many, some evenly spaced ones.
+        size: width and height in inches, at 100 dots each.
+    """
+    rows = data.test if rows is None else rows
+    rows = rows.take(np.flatnonzero(find_counted(rows).reshape(len(rows), -1).any(axis=1)))
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    if rows.y.ndim == 3:
+        _draw_sequence(figure, model, data, rows)
+        return figure
+    rows = rows.take(thin(len(rows), _MOST_ROWS))
+    feature = _single_number(rows.x)
+    if rows.y.shape[1] == 1 and feature is not None:
+        _draw_over_feature(figure, model, data, rows, feature)
+        return figure
+    parameters = model.predict_distribution(rows.x).mixture_parameters()
+    margins = Margins.of(parameters)
+    scale_tril = np.asarray(parameters.scale_tril, np.float64)
+    unconditional = not any(np.ptp(p, axis=0).any() for p in parameters)
+    if rows.y.shape[1] > 1:
+        _draw_planes(figure, data, rows, margins, scale_tril, unconditional)
+    elif unconditional:
+        _draw_curve(figure, data, rows, margins)
+    else:
+        _draw_over_rank(figure, data, rows, margins)
+    return figure
+
+
+def _draw_over_feature(
+    figure: Figure, model: MDN, data: Data, rows: Rows, feature: np.ndarray
+) -> None:
+    low, high = _limits(feature)
+    grid = _centres(low, high)
+    x: Features = dict.fromkeys(rows.x, grid) if isinstance(rows.x, dict) else grid[:, np.newaxis]
+    margins = Margins.of(model.predict_distribution(x).mixture_parameters())
+    axes = _add_axes(figure, data.features[0], data.targets[0])
+    label = f"p({data.targets[0]} | {data.features[0]})"
+    _draw_heat(figure, axes, margins, (low, high), _limits(rows.y), label)
+    _draw_points(axes, feature, rows.y)
+
+
+def _draw_over_rank(figure: Figure, data: Data, rows: Rows, margins: Margins) -> None:
+    # Rows with nearly the same mean share a column of the picture, which shows the mean of their
+    # densities: that is what the points of the column follow, and neighbours look alike.
+    order = np.argsort(margins.mean()[:, 0])
+    size = max(1, len(order) // 80)
+    order = order[thin(len(order), len(order) // size * size)]
+    columns = len(order) // size
+    pooled = Margins(
+        margins.weight[order].reshape(columns, -1) / size,
+        margins.loc[order].reshape(columns, -1, 1),
+        margins.scale[order].reshape(columns, -1, 1),
+    )
+    axes = _add_axes(figure, "rows, in the order of their predicted mean", data.targets[0])
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    _draw_heat(figure, axes, pooled, (0, 1), _limits(rows.y), f"p({data.targets[0]} | x)")
+    _draw_bands(axes, pooled, (np.arange(columns) + 0.5) / columns)
+    _draw_points(axes, (np.arange(len(order)) + 0.5) / len(order), rows.y[order])
+
+
+def _draw_sequence(figure: Figure, model: MDN, data: Data, rows: Rows) -> None:
+    counted = find_counted(rows)
+    row = int(counted.sum(axis=1).argmax())  # the sequence with most to show
+    rows = rows.take(np.array([row]))
+    steps = int(np.flatnonzero(counted[row])[-1]) + 1
+    margins = _first_target(Margins.of(model.predict_distribution(rows.x).mixture_parameters()))
+    margins = Margins(*(a[0, :steps] for a in (margins.weight, margins.loc, margins.scale)))
+    time, y = np.arange(1, steps + 1), rows.y[0, :steps, 0]
+    spread = [y, *(margins.quantile(p)[:, 0] for p in (0.05, 0.95))]
+    axes = _add_axes(figure, "step", data.targets[0])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    label = f"p({data.targets[0]} | x)"
+    extent = (0.5, steps + 0.5)
+    _draw_heat(figure, axes, margins, extent, _limits(np.concatenate(spread)), label)
+    _draw_bands(axes, margins, time)
+    axes.plot(time, y, "o", color="white", markersize=4, markeredgecolor=_INK)
+
+
+def _draw_curve(figure: Figure, data: Data, rows: Rows, margins: Margins) -> None:
+    low, high = _limits(rows.y)
+    y = _centres(low, high)
+    axes = _add_axes(figure, data.targets[0], f"p({data.targets[0]})")
+    inside = rows.y[(rows.y > low) & (rows.y < high)]
+    share = len(inside) / max(1, np.isfinite(rows.y).sum())
+    bins = np.linspace(low, high, 61)
+    height = np.histogram(inside, bins, density=True)[0] * share  # the tails count, out of sight
+    axes.stairs(height, bins, fill=True, color=_BLUE, alpha=0.25, label="observed")
+    density = margins.pdf(y[:, np.newaxis, np.newaxis])[:, 0, 0]
+    axes.plot(y, density, color=_BLUE, linewidth=2, label="density")
+    axes.set_xlim(low, high)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+
+
+def _draw_planes(
+    figure: Figure,
+    data: Data,
+    rows: Rows,
+    margins: Margins,
+    scale_tril: np.ndarray,
+    unconditional: bool,
+) -> None:
+    """Draw the plane of the first two targets: for four rows, or once if they are all alike."""
+    y = rows.y[:, :2]
+    chosen = np.flatnonzero(~np.isnan(y).any(axis=1))
+    if not len(chosen):
+        chosen = np.arange(len(y))
+    chosen = chosen[np.argsort(margins.mean()[chosen, 0])]
+    panels = 1 if unconditional else min(4, len(chosen))
+    chosen = chosen[(2 * np.arange(panels) + 1) * len(chosen) // (2 * panels)]
+    grid = figure.subplots(math.ceil(panels / 2), min(2, panels), squeeze=False)
+    for row, axes in zip(chosen, grid.flat, strict=False):
+        one = Margins(margins.weight[row], margins.loc[row], margins.scale[row])
+        shown = y if unconditional else y[row : row + 1]
+        spread = [one.quantile(p)[:2] for p in (0.002, 0.998)]
+        if unconditional:
+            limits = [_limits(column) for column in y.T]
+        else:
+            limits = [_limits(column) for column in np.concatenate([spread, shown]).T]
+        _style(axes, data.targets[0], data.targets[1])
+        filled = _draw_regions(axes, one.weight, one.loc[:, :2], scale_tril[row, :, :2, :2], limits)
+        if unconditional:
+            _draw_points(axes, shown[:, 0], shown[:, 1], color=_INK)
+        else:
+            axes.plot(*shown[0], "o", color="white", markeredgecolor=_INK, markersize=7)
+            axes.set_title(_describe(rows, data.features, row), fontsize=10, color=_INK)
+    for axes in list(grid.flat)[panels:]:
+        axes.remove()
+    bar = figure.colorbar(filled, ax=grid, pad=0.02)
+    bar.set_label("share of the probability inside", color=_INK)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    bar.outline.set_visible(False)
+
+
+def _draw_regions(axes, weight, loc, scale_tril, limits):
+    """Fill the smallest regions that hold 10, 20, ... 90 and 99 % of a mixture in the plane."""
+    cells = 120
+    first, second = (_centres(low, high, cells) for low, high in limits)
+    l11, l21, l22 = scale_tril[:, 0, 0], scale_tril[:, 1, 0], scale_tril[:, 1, 1]  # [K]
+    a = (first[:, np.newaxis] - loc[:, 0]) / l11  # [X, K]
+    b = (second[:, np.newaxis, np.newaxis] - loc[:, 1] - l21 * a) / l22  # [Y, X, K]
+    density = np.exp(-0.5 * (a**2 + b**2)) @ (weight / (2 * np.pi * l11 * l22))  # [Y, X]
+    area = math.prod((high - low) / cells for low, high in limits)
+    order = np.argsort(density, axis=None)[::-1]
+    inside = np.empty(density.size)
+    inside[order] = np.cumsum(density.ravel()[order]) * area
+    levels = [*np.arange(10) / 10, 0.99]
+    return axes.contourf(
+        first, second, inside.reshape(density.shape), levels, cmap=f"{_COLORMAP}_r"
+    )
+
+
+# ---------------------------------------------------------------------- training, calibration
+
+
+def history_figure(history: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw the NLL of the train and validation rows by epoch, and the learning rate if known.
+
+    Args:
+        history: metric name -> its value after each epoch; reads nll or else loss, their
+            validation, and learning_rate.
+    """
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    name, label = ("nll", "NLL, nats per row") if history.get("nll") else ("loss", "loss")
+    rate = history.get("learning_rate") or history.get("lr")
+    above, below = figure.subplots(
+        2 if rate else 1, 1, sharex=True, height_ratios=[3, 1] if rate else [1], squeeze=False
+    )[[0, -1], 0]
+    _style(above, "", label)
+    series = {"train": history.get(name), "validation": history.get(f"val_{name}")}
+    for (title, values), color in zip(series.items(), (_GREY, _BLUE), strict=True):
+        if values:
+            above.plot(range(1, len(values) + 1), values, color=color, linewidth=2, label=title)
+    if held := series["validation"]:
+        best = int(np.argmin(held))
+        above.plot(best + 1, held[best], "o", color=_BLUE, label=f"best: {held[best]:.4g}")
+    above.legend(frameon=False)
+    late = [v for values in series.values() if values for v in values[len(values) // 20 :]]
+    above.set_ylim(*_pad(np.nanmin(late), np.nanmax(late)))  # the first steps may be far off
+    if rate:
+        _style(below, "", "learning rate")
+        below.plot(range(1, len(rate) + 1), rate, color=_ORANGE, linewidth=2)
+        below.set_ylim(bottom=0)
+    below.set_xlabel("epoch", color=_INK)
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def calibration_figure(pit: np.ndarray, targets: Sequence[str] = ()) -> Figure:
+    """Draw the histogram of PIT values, and the coverage of central intervals of every size.
+
+    Args:
+        pit: [n] or [n, D], each entry through the cdf of its margin; NaN where it is missing.
+        targets: names of the D targets.
+    """
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    columns = [c[~np.isnan(c)] for c in pit.reshape(len(pit), -1).T[: len(_SERIES)]]
+    names = targets or [f"target {d}" for d in range(len(columns))]
+    bins, n = 20, min(len(c) for c in columns)
+    noise = 1.96 * math.sqrt((bins - 1) / max(n, 1))  # of a bin's count over its expectation
+
+    _style(left, "PIT: the density's cdf at the observed y", "frequency, relative to uniform")
+    left.axhspan(1 - noise, 1 + noise, color=_GREY, alpha=0.2, linewidth=0, label="95 % if exact")
+    left.axhline(1, color=_GREY, linewidth=1)
+    _style(right, "nominal share of a central interval", "observed share inside")
+    right.plot([0, 1], [0, 1], color=_GREY, linewidth=1, label="exact")
+    for column, name, color in zip(columns, names, _SERIES, strict=False):
+        height, edges = np.histogram(column, bins, (0, 1))
+        alone = len(columns) == 1
+        left.stairs(
+            height * bins / max(len(column), 1),
+            edges,
+            color=color,
+            fill=alone,
+            alpha=0.75 if alone else 1.0,
+            linewidth=1.5,
+            label=name,
+        )
+        nominal = np.linspace(0, 1, 101)
+        width = np.sort(2 * np.abs(column - 0.5))
+        observed = np.searchsorted(width, nominal, side="right") / max(len(column), 1)
+        right.plot(nominal, observed, color=color, linewidth=2, label=name)
+        for level in (50, 90):
+            right.plot(nominal[level], observed[level], "o", color=color)
+    left.set_xlim(0, 1)
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False, loc="lower center")
+    right.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0))
+    right.legend(frameon=False, loc="upper left")
+    return figure
+
+
+# ---------------------------------------------------------------------- shared by the figures
+
+
+def _draw_heat(figure, axes, margins, across, up, label):
+    """Draw the density of one target [X], over `across`, as colours; `up` are its limits."""
+    y = _centres(*up)
+    density = margins.pdf(y[:, np.newaxis, np.newaxis])[..., 0]  # [Y, X]
+    image = axes.imshow(
+        density,
+        origin="lower",
+        aspect="auto",
+        extent=(*across, *up),
+        cmap=_COLORMAP,
+        # The square root keeps thin branches in sight, and one narrow peak does not dim the rest.
+        norm=PowerNorm(0.5, 0, np.quantile(density, 0.998)),
+    )
+    bar = figure.colorbar(image, ax=axes, pad=0.02, extend="max")
+    bar.set_label(label, color=_INK)
+    bar.outline.set_visible(False)
+
+
+def _draw_bands(axes: Axes, margins: Margins, across: np.ndarray) -> None:
+    for probability, style in [(0.05, ":"), (0.25, "-"), (0.75, "-"), (0.95, ":")]:
+        y = margins.quantile(probability)[:, 0]
+        axes.plot(across, y, style, color="white", linewidth=1.2)
+
+
+def _draw_points(axes: Axes, x: np.ndarray, y: np.ndarray, color: str = "white") -> None:
+    axes.plot(x, y, ".", color=color, markersize=3, alpha=0.35, markeredgewidth=0)
+
+
+def _add_axes(figure: Figure, x_label: str, y_label: str) -> Axes:
+    axes = figure.subplots()
+    _style(axes, x_label, y_label)
+    return axes
+
+
+def _style(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label, color=_INK)
+    axes.set_ylabel(y_label, color=_INK)
+    axes.tick_params(color=_GREY, labelcolor=_INK, labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
+
+
+def _limits(values: np.ndarray) -> tuple[float, float]:
+    """Return axis limits: the range of the values, but little of a long tail."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return 0.0, 1.0
+    low, high = np.quantile(values, [0.005, 0.995])
+    reach = 0.25 * (high - low)
+    return _pad(max(values.min(), low - reach), min(values.max(), high + reach))
+
+
+def _pad(low: float, high: float) -> tuple[float, float]:
+    margin = 0.04 * (high - low) or 0.5
+    return float(low - margin), float(high + margin)
+
+
+def _centres(low: float, high: float, cells: int = _CELLS) -> np.ndarray:
+    """Return the middles of equal cells between the limits."""
+    return low + (high - low) * (np.arange(cells) + 0.5) / cells
+
+
+def _first_target(margins: Margins) -> Margins:
+    return Margins(margins.weight, margins.loc[..., :1], margins.scale[..., :1])
+
+
+def _single_number(x: Features) -> np.ndarray | None:
+    """Return the one feature [N] of x, if there is one and it is a number."""
+    if isinstance(x, dict):
+        columns = list(x.values())
+    else:
+        columns = list(x.T) if x.ndim == 2 else []
+    return columns[0] if len(columns) == 1 and columns[0].dtype.kind == "f" else None
+
+
+def _describe(rows: Rows, features: Sequence[str], row: int) -> str:
+    """Return a title for a row: its features, if they are few numbers."""
+    x = rows.x
+    if isinstance(x, dict) or x.ndim == 3 or x.shape[1] > 3:
+        return f"row {row}"
+    return ", ".join(f"{name} = {v:.3g}" for name, v in zip(features, x[row], strict=True))

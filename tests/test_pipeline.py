@@ -1,0 +1,56 @@
+"""Batches: a function of (seed, epoch), every row at most once an epoch."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mdn.data.pipeline import evaluation_batches, training_batches
+from mdn.data.resolution import resolution
+
+
+def epochs(count, *, n=50, batch_size=8, **kwargs):
+    """Return the rows seen in each of `count` epochs: [epochs, N // B * B]."""
+    x = np.arange(n, dtype=np.float64)
+    steps = n // batch_size
+    batches = training_batches((x[:, None], -x[:, None], x), batch_size, **kwargs)
+    taken = list(itertools.islice(batches.as_numpy_iterator(), count * steps))
+    for a, b, c in taken:
+        np.testing.assert_array_equal(a, -b)
+        np.testing.assert_array_equal(a[:, 0], c)
+    return np.stack([a[:, 0] for a, _, _ in taken]).reshape(count, -1)
+
+
+def test_each_epoch_takes_each_row_at_most_once_in_a_new_order():
+    seen = epochs(3, seed=0)
+    assert seen.shape == (3, 48)
+    assert all(len(set(epoch)) == 48 for epoch in seen)
+    assert not np.array_equal(seen[0], seen[1])
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    whole = epochs(4, seed=3)
+    np.testing.assert_array_equal(whole, epochs(4, seed=3))
+    np.testing.assert_array_equal(whole[2:], epochs(2, seed=3, first_epoch=2))
+    assert not np.array_equal(whole, epochs(4, seed=0))
+
+
+def test_evaluation_takes_each_row_once_in_order():
+    x = np.arange(20.0)[:, None]
+    taken = [a for a, _ in evaluation_batches((x, x), 8).as_numpy_iterator()]
+    assert [len(a) for a in taken] == [8, 8, 4]
+    np.testing.assert_array_equal(np.concatenate(taken), x)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("step", [1.0, 0.25, 0.01, 1e-3])
+def test_resolution_of_tied_targets(step, dtype):
+    y = np.round(np.random.default_rng(0).normal(50.0, 10.0 * step, size=1_000) / step) * step
+    assert resolution(y.astype(dtype)) == pytest.approx(step, rel=0.05)
+
+
+def test_resolution_of_continuous_targets_is_zero():
+    y = np.random.default_rng(0).normal(size=1_000)
+    assert resolution(y) == 0.0
+    assert resolution(np.where(np.arange(1_000) % 3, y, np.nan)) == 0.0
+    assert resolution(np.array([1.0])) == 0.0
