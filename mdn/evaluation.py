@@ -207,7 +207,7 @@ def evaluate(model: MDN, data: Data, batch_size: int = 4096) -> Evaluation:
     pit, error = np.empty(test.y.shape), np.empty(test.y.shape)
     for rows, density in model.densities(test.x, batch_size):
         margins = Margins.of(density.mixture_parameters())
-        log_prob[rows] = density.log_prob(test.y[rows].astype(density.dtype.as_numpy_dtype))
+        log_prob[rows] = density.log_prob(test.y[rows].astype(np.float32))
         pit[rows] = margins.cdf(test.y[rows])
         error[rows] = test.y[rows] - margins.mean()
     counted = find_counted(test)

@@ -59,6 +59,7 @@ class MDN(tf_keras.Model):
         self.missing = "error"
         self._feature_rank: int | None = None  # 2 or 3, known from `adapt` on
         self._score: losses.Loss = losses.nll
+        self._density: Any = None
         self._make_trackers()
 
     # Keras would take the state of a tracked metric for weights of the model.
@@ -256,14 +257,14 @@ class MDN(tf_keras.Model):
     def densities(self, x: Features, batch_size: int = 4096) -> Iterator[tuple[slice, Queries]]:
         """Yield (rows, density of those rows), in order, a batch at a time."""
         self._check_adapted()
+        if self._density is None:  # one per model: a class's own would retrace for each model
+            self._density = tf.function(
+                lambda x: self(x, training=False), reduce_retracing=True, autograph=False
+            )
         x = np.asarray(self.encode(x), tf_keras.backend.floatx())
         for start in range(0, len(x), batch_size):
             rows = slice(start, min(start + batch_size, len(x)))
             yield rows, self._density(tf.constant(x[rows]))
-
-    @tf.function(reduce_retracing=True)
-    def _density(self, x: tf.Tensor) -> Queries:
-        return self(x, training=False)
 
     def predict_distribution(self, x: Features, batch_size: int = 4096) -> Queries:
         """Return the density of any number of rows.

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from mdn.data.rows import Data, Features, Rows
@@ -199,7 +201,7 @@ def _draw_planes(
     panels = 1 if unconditional else min(4, len(chosen))
     chosen = chosen[(2 * np.arange(panels) + 1) * len(chosen) // (2 * panels)]
     grid = figure.subplots(math.ceil(panels / 2), min(2, panels), squeeze=False)
-    for row, axes in zip(chosen, grid.flat, strict=False):
+    for row, axes in zip(chosen.tolist(), grid.flat, strict=False):
         one = Margins(margins.weight[row], margins.loc[row], margins.scale[row])
         shown = y if unconditional else y[row : row + 1]
         spread = [one.quantile(p)[:2] for p in (0.002, 0.998)]
@@ -208,23 +210,39 @@ def _draw_planes(
         else:
             limits = [_limits(column) for column in np.concatenate([spread, shown]).T]
         _style(axes, data.targets[0], data.targets[1])
-        filled = _draw_regions(axes, one.weight, one.loc[:, :2], scale_tril[row, :, :2, :2], limits)
+        image = _draw_regions(axes, one.weight, one.loc[:, :2], scale_tril[row, :, :2, :2], limits)
         if unconditional:
-            _draw_points(axes, shown[:, 0], shown[:, 1], color=_INK)
+            _draw_points(axes, shown[:, 0], shown[:, 1])
         else:
             axes.plot(*shown[0], "o", color="white", markeredgecolor=_INK, markersize=7)
             axes.set_title(_describe(rows, data.features, row), fontsize=10, color=_INK)
     for axes in list(grid.flat)[panels:]:
         axes.remove()
-    bar = figure.colorbar(filled, ax=grid, pad=0.02)
-    bar.set_label("share of the probability inside", color=_INK)
+    bar = _add_bar(figure, image, grid, "probability mass at higher density")
+    bar.ax.invert_yaxis()  # bright and dense is up, as in the other pictures
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    bar.outline.set_visible(False)
+    bar.set_ticks([0, 0.5, 0.9, 1])
 
 
-def _draw_regions(axes, weight, loc, scale_tril, limits):
-    """Fill the smallest regions that hold 10, 20, ... 90 and 99 % of a mixture in the plane."""
-    cells = 120
+def _draw_regions(
+    axes: Axes,
+    weight: np.ndarray,
+    loc: np.ndarray,
+    scale_tril: np.ndarray,
+    limits: list[tuple[float, float]],
+) -> AxesImage:
+    """Colour each point of the plane by the mass of all points that are denser.
+
+    Unlike densities, these shares mean the same in every panel.
+
+    Args:
+        axes: to draw on.
+        weight: [K].
+        loc: [K, 2].
+        scale_tril: [K, 2, 2].
+        limits: of the two targets.
+    """
+    cells = 150
     first, second = (_centres(low, high, cells) for low, high in limits)
     l11, l21, l22 = scale_tril[:, 0, 0], scale_tril[:, 1, 0], scale_tril[:, 1, 1]  # [K]
     a = (first[:, np.newaxis] - loc[:, 0]) / l11  # [X, K]
@@ -232,12 +250,22 @@ def _draw_regions(axes, weight, loc, scale_tril, limits):
     density = np.exp(-0.5 * (a**2 + b**2)) @ (weight / (2 * np.pi * l11 * l22))  # [Y, X]
     area = math.prod((high - low) / cells for low, high in limits)
     order = np.argsort(density, axis=None)[::-1]
-    inside = np.empty(density.size)
-    inside[order] = np.cumsum(density.ravel()[order]) * area
-    levels = [*np.arange(10) / 10, 0.99]
-    return axes.contourf(
-        first, second, inside.reshape(density.shape), levels, cmap=f"{_COLORMAP}_r"
+    inside = np.ones(density.size)
+    inside[order] = np.minimum(np.cumsum(density.ravel()[order]) * area, 1.0)
+    inside = inside.reshape(density.shape)
+    axes.contour(first, second, inside, [0.5, 0.9], colors="white", linewidths=[1.2, 0.8])
+    image = axes.imshow(
+        inside,
+        origin="lower",
+        aspect="auto",
+        extent=(*limits[0], *limits[1]),
+        interpolation="bilinear",
+        cmap=f"{_COLORMAP}_r",
+        vmin=0,
+        vmax=1,
     )
+    axes.autoscale(False)
+    return image
 
 
 # ---------------------------------------------------------------------- training, calibration
@@ -272,6 +300,7 @@ def history_figure(history: Mapping[str, Sequence[float]]) -> Figure:
         below.plot(range(1, len(rate) + 1), rate, color=_ORANGE, linewidth=2)
         below.set_ylim(bottom=0)
     below.set_xlabel("epoch", color=_INK)
+    figure.align_ylabels()
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
@@ -283,51 +312,55 @@ def calibration_figure(pit: np.ndarray, targets: Sequence[str] = ()) -> Figure:
         pit: [n] or [n, D], each entry through the cdf of its margin; NaN where it is missing.
         targets: names of the D targets.
     """
-    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8, 4.4), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
     columns = [c[~np.isnan(c)] for c in pit.reshape(len(pit), -1).T[: len(_SERIES)]]
     names = targets or [f"target {d}" for d in range(len(columns))]
     bins, n = 20, min(len(c) for c in columns)
     noise = 1.96 * math.sqrt((bins - 1) / max(n, 1))  # of a bin's count over its expectation
+    alone = len(columns) == 1
 
-    _style(left, "PIT: the density's cdf at the observed y", "frequency, relative to uniform")
-    left.axhspan(1 - noise, 1 + noise, color=_GREY, alpha=0.2, linewidth=0, label="95 % if exact")
+    _style(left, "cdf of the density at the observed y (PIT)", "frequency, relative to uniform")
+    left.axhspan(1 - noise, 1 + noise, color=_GREY, alpha=0.3, linewidth=0)
     left.axhline(1, color=_GREY, linewidth=1)
-    _style(right, "nominal share of a central interval", "observed share inside")
-    right.plot([0, 1], [0, 1], color=_GREY, linewidth=1, label="exact")
+    left.set_title("grey: 95 % of the bins, if calibrated", fontsize=10, color=_INK)
+    _style(right, "central interval of the density", "share of the observed y inside")
+    right.plot([0, 1], [0, 1], color=_GREY, linewidth=1)
+    right.set_title("grey: calibrated", fontsize=10, color=_INK)
+    top = 2.0
     for column, name, color in zip(columns, names, _SERIES, strict=False):
-        height, edges = np.histogram(column, bins, (0, 1))
-        alone = len(columns) == 1
-        left.stairs(
-            height * bins / max(len(column), 1),
-            edges,
-            color=color,
-            fill=alone,
-            alpha=0.75 if alone else 1.0,
-            linewidth=1.5,
-            label=name,
-        )
+        count, edges = np.histogram(column, bins, (0, 1))
+        height = count * bins / max(len(column), 1)
+        top = max(top, 1.1 * height.max())
+        left.stairs(height, edges, baseline=None, color=color, linewidth=1.8, label=name)
+        if alone:
+            left.stairs(height, edges, color=color, alpha=0.2, fill=True)
         nominal = np.linspace(0, 1, 101)
         width = np.sort(2 * np.abs(column - 0.5))
         observed = np.searchsorted(width, nominal, side="right") / max(len(column), 1)
-        right.plot(nominal, observed, color=color, linewidth=2, label=name)
-        for level in (50, 90):
-            right.plot(nominal[level], observed[level], "o", color=color)
-    left.set_xlim(0, 1)
-    left.set_ylim(bottom=0)
-    left.legend(frameon=False, loc="lower center")
-    right.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        marks = {"marker": "o", "markevery": [50, 90]}
+        right.plot(nominal, observed, color=color, linewidth=1.8, label=name, **marks)
+    left.set(xlim=(0, 1), ylim=(0, top), box_aspect=1)
+    right.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
     for axis in (right.xaxis, right.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
-    right.legend(frameon=False, loc="upper left")
+    if not alone:
+        right.legend(frameon=False, loc="upper left")
     return figure
 
 
 # ---------------------------------------------------------------------- shared by the figures
 
 
-def _draw_heat(figure, axes, margins, across, up, label):
-    """Draw the density of one target [X], over `across`, as colours; `up` are its limits."""
+def _draw_heat(
+    figure: Figure,
+    axes: Axes,
+    margins: Margins,
+    across: tuple[float, float],
+    up: tuple[float, float],
+    label: str,
+) -> None:
+    """Draw X densities of one target as columns of colours between the limits `across`."""
     y = _centres(*up)
     density = margins.pdf(y[:, np.newaxis, np.newaxis])[..., 0]  # [Y, X]
     image = axes.imshow(
@@ -336,22 +369,35 @@ def _draw_heat(figure, axes, margins, across, up, label):
         aspect="auto",
         extent=(*across, *up),
         cmap=_COLORMAP,
+        interpolation="bilinear",
         # The square root keeps thin branches in sight, and one narrow peak does not dim the rest.
-        norm=PowerNorm(0.5, 0, np.quantile(density, 0.998)),
+        norm=PowerNorm(0.5, 0, np.quantile(density, 0.98)),
     )
-    bar = figure.colorbar(image, ax=axes, pad=0.02, extend="max")
+    axes.autoscale(False)  # a point far off stays out of sight
+    _add_bar(figure, image, axes, label, extend="max")
+
+
+def _add_bar(
+    figure: Figure, image: AxesImage, axes: Any, label: str, extend: str = "neither"
+) -> Colorbar:
+    bar = figure.colorbar(image, ax=axes, pad=0.02, extend=extend)
     bar.set_label(label, color=_INK)
+    bar.ax.tick_params(color=_GREY, labelcolor=_INK, labelsize=9)
     bar.outline.set_visible(False)
+    return bar
 
 
 def _draw_bands(axes: Axes, margins: Margins, across: np.ndarray) -> None:
-    for probability, style in [(0.05, ":"), (0.25, "-"), (0.75, "-"), (0.95, ":")]:
-        y = margins.quantile(probability)[:, 0]
-        axes.plot(across, y, style, color="white", linewidth=1.2)
+    for share, style in [(0.5, "-"), (0.9, ":")]:
+        ends = [margins.quantile(p)[:, 0] for p in (0.5 - share / 2, 0.5 + share / 2)]
+        labels = [f"central {share:.0%}", None]
+        axes.plot(across, np.transpose(ends), style, color="white", linewidth=1.2, label=labels)
+    background = {"facecolor": "black", "edgecolor": "none", "framealpha": 0.4}
+    axes.legend(loc="upper left", labelcolor="white", fontsize=9, **background)
 
 
-def _draw_points(axes: Axes, x: np.ndarray, y: np.ndarray, color: str = "white") -> None:
-    axes.plot(x, y, ".", color=color, markersize=3, alpha=0.35, markeredgewidth=0)
+def _draw_points(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    axes.plot(x, y, ".", color="white", markersize=3, alpha=0.35, markeredgewidth=0)
 
 
 def _add_axes(figure: Figure, x_label: str, y_label: str) -> Axes:
@@ -394,11 +440,10 @@ def _first_target(margins: Margins) -> Margins:
 
 def _single_number(x: Features) -> np.ndarray | None:
     """Return the one feature [N] of x, if there is one and it is a number."""
-    if isinstance(x, dict):
-        columns = list(x.values())
-    else:
-        columns = list(x.T) if x.ndim == 2 else []
-    return columns[0] if len(columns) == 1 and columns[0].dtype.kind == "f" else None
+    if isinstance(x, np.ndarray):
+        return x[:, 0] if x.shape[1:] == (1,) else None
+    column, *others = x.values()
+    return None if others or column.dtype.kind != "f" else column
 
 
 def _describe(rows: Rows, features: Sequence[str], row: int) -> str:

@@ -106,11 +106,19 @@ def test_gradient_is_that_of_finite_differences(missing, jit_compile):
     if missing:
         y[0, 1], y[1] = np.nan, np.nan
 
-    @tf.function(jit_compile=jit_compile, autograph=False)
+    # The batch size is not static, as in a Keras step.
+    @tf.function(
+        jit_compile=jit_compile,
+        autograph=False,
+        input_signature=[
+            tf.TensorSpec([None, *p.shape[1:]], p.dtype) for p in (logits, loc, scale)
+        ],
+    )
     def value_and_gradients(*parameters):
         with tf.GradientTape() as tape:
             tape.watch(parameters)
-            total = tf.reduce_sum(mdn.GaussianMixture(*parameters).log_prob(y))
+            density = mdn.GaussianMixture(*parameters)
+            total = tf.reduce_sum(density.log_prob(tf.cast(y, density.dtype)))
         return total, tape.gradient(total, parameters)
 
     parameters = [tf.constant(p) for p in (logits, loc, scale)]

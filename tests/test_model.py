@@ -40,6 +40,17 @@ def test_fit_lowers_the_nll_and_reports_it_exactly(jit_compile):
     assert loss == pytest.approx(mean_nll(model, x, y), rel=1e-5)
 
 
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("kind", [mdn.heads.TriL, mdn.heads.Mixture])
+def test_xla_takes_a_batch_size_that_is_not_static(kind, missing):
+    x, y = rows(100)
+    if missing:
+        y[::3, 0] = np.nan
+    model = make(x, y, kind(2), jit_compile=True)
+    history = model.fit(x, y, batch_size=64, epochs=2, verbose=0).history  # 64 rows and 36
+    assert history["loss"][1] < history["loss"][0]
+
+
 def test_xla_trains_as_the_plain_loop_does():
     x, y = rows()
     losses = [

@@ -6,6 +6,7 @@ Shape letters: B batch, D event size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -42,27 +43,66 @@ def tril_log_prob(y: tf.Tensor, loc: tf.Tensor, scale_tril: tf.Tensor) -> tf.Ten
     Returns:
         [..], nats. Zero where all D entries are missing.
     """
+    d = scale_tril.shape[-1]
+    if d == 1:
+        return diag_log_prob(y, loc, scale_tril[..., 0])
     missing = tf.math.is_nan(y)
     residual = tf.where(missing, tf.zeros_like(y), y - loc)  # [.., D]
-    scale_tril = tf.linalg.band_part(scale_tril, -1, 0)
-    if scale_tril.shape[-1] == 1:
-        return diag_log_prob(y, loc, scale_tril[..., 0])
-    return tf.cond(
-        tf.reduce_any(missing),
-        lambda: _marginal_log_prob(residual, missing, scale_tril),
+    if residual.shape[:-1] != scale_tril.shape[:-2] or not residual.shape.is_fully_defined():
+        batch = tf.broadcast_dynamic_shape(tf.shape(residual)[:-1], tf.shape(scale_tril)[:-2])
+        residual = tf.broadcast_to(residual, tf.concat([batch, [d]], 0))
+        missing = tf.broadcast_to(missing, tf.concat([batch, [d]], 0))
+        scale_tril = tf.broadcast_to(scale_tril, tf.concat([batch, [d, d]], 0))
+    return _log_prob(residual, missing, scale_tril)
+
+
+@tf.custom_gradient
+def _log_prob(
+    residual: tf.Tensor, missing: tf.Tensor, scale_tril: tf.Tensor
+) -> tuple[tf.Tensor, Callable]:
+    """Return the log density of residuals [.., D] under factors [.., D, D] of the same batch.
+
+    The gradient is written out because it is cheaper so (one transposed solve), and because XLA
+    cannot compile the derivative of `tf.cond` where the batch is not static.
+    """
+    some = tf.reduce_any(missing)
+    value, z = tf.cond(
+        some,
+        lambda: (_marginal_log_prob(residual, missing, scale_tril), tf.zeros_like(residual)),
         lambda: _full_log_prob(residual, scale_tril),
     )
 
+    def marginal_gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch([residual, scale_tril])
+            again = _marginal_log_prob(residual, missing, scale_tril)
+        return tape.gradient(again, [residual, scale_tril], upstream)
 
-def _full_log_prob(residual: tf.Tensor, scale_tril: tf.Tensor) -> tf.Tensor:
-    # The batch shapes are made equal first: the gradient of a broadcasting solve is slow.
-    batch = tf.broadcast_dynamic_shape(tf.shape(residual)[:-1], tf.shape(scale_tril)[:-2])
-    d = scale_tril.shape[-1]
-    residual = tf.broadcast_to(residual, tf.concat([batch, [d]], 0))
-    scale_tril = tf.broadcast_to(scale_tril, tf.concat([batch, [d, d]], 0))
-    z = tf.linalg.triangular_solve(scale_tril, residual[..., tf.newaxis])[..., 0]  # [.., D]
+    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, None, tf.Tensor]:
+        d_residual, d_scale_tril = tf.cond(
+            some,
+            lambda: marginal_gradient(upstream),
+            lambda: _full_gradient(z, scale_tril, upstream),
+        )
+        return d_residual, None, d_scale_tril
+
+    return value, gradient
+
+
+def _full_log_prob(residual: tf.Tensor, scale_tril: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the log density, [..], and the whitened residual z = L^-1 r, [.., D]."""
+    z = tf.linalg.triangular_solve(scale_tril, residual[..., tf.newaxis])[..., 0]
     log_diag = tf.math.log(tf.linalg.diag_part(scale_tril))
-    return tf.reduce_sum(-0.5 * (tf.square(z) + LOG_2_PI) - log_diag, axis=-1)
+    return tf.reduce_sum(-0.5 * (tf.square(z) + LOG_2_PI) - log_diag, axis=-1), z
+
+
+def _full_gradient(z: tf.Tensor, scale_tril: tf.Tensor, upstream: tf.Tensor) -> list[tf.Tensor]:
+    """Return the gradients by r and L: -w, and tril(w z^T) - diag(1 / L_ii), with w = L^-T z."""
+    w = tf.linalg.triangular_solve(scale_tril, z[..., tf.newaxis], adjoint=True)[..., 0]
+    by_scale = tf.linalg.band_part(w[..., tf.newaxis] * z[..., tf.newaxis, :], -1, 0)
+    by_scale -= tf.linalg.diag(1.0 / tf.linalg.diag_part(scale_tril))
+    upstream = upstream[..., tf.newaxis]
+    return [-upstream * w, upstream[..., tf.newaxis] * by_scale]
 
 
 def _marginal_log_prob(
@@ -76,15 +116,16 @@ def _marginal_log_prob(
     Rows are scaled to unit variance before the Cholesky decomposition, so that targets of very
     different scales do not cost precision.
     """
+    scale_tril = tf.linalg.band_part(scale_tril, -1, 0)
     observed = tf.cast(tf.logical_not(missing), residual.dtype)  # [.., D]
     stddev = tf.sqrt(tf.reduce_sum(tf.square(scale_tril), axis=-1))  # [.., D]
     rows = observed[..., tf.newaxis] * scale_tril / stddev[..., tf.newaxis]  # [.., D, D]
     correlation = tf.linalg.matmul(rows, rows, transpose_b=True)
-    correlation = tf.linalg.set_diag(correlation, tf.ones_like(correlation[..., 0]))
-    whitened = observed * residual / stddev
-    factor = tf.linalg.cholesky(correlation)
+    eye = tf.eye(scale_tril.shape[-1], dtype=residual.dtype)
+    correlation = correlation * (1.0 - eye) + eye
+    log_prob, _ = _full_log_prob(observed * residual / stddev, tf.linalg.cholesky(correlation))
     return (
-        _full_log_prob(whitened, factor)
+        log_prob
         + 0.5 * LOG_2_PI * tf.reduce_sum(1.0 - observed, axis=-1)
         - tf.reduce_sum(observed * tf.math.log(stddev), axis=-1)
     )

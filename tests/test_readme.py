@@ -1,0 +1,59 @@
+"""The README's code runs as printed."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+import mdn
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+def test_readme_has_its_examples():
+    assert len(BLOCKS) == 2
+
+
+def test_library_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tf_keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=[500, 3])
+    y = x[:, :2] * 5.0 + rng.normal(size=[500, 2])
+    names = {"x": x, "y": y, "x_new": x[:7].astype("f"), "y_new": y[:7].astype("f")}
+    exec(BLOCKS[0], names)
+    density = names["density"]
+    assert isinstance(density, mdn.GaussianMixture)
+    assert density.batch_shape == [7]
+    assert density.event_shape == [2]
+    again = mdn.load("model.keras")
+    np.testing.assert_allclose(again.predict(x, verbose=0), names["model"].predict(x, verbose=0))
+    # it learned something: closer than the spread of y around its mean
+    assert np.abs(again.predict(x, verbose=0) - y).mean() < 0.6 * np.abs(y - y.mean(0)).mean()
+
+
+def test_serving_example(tmp_path, monkeypatch):
+    from mdn.export import export_saved_model
+
+    monkeypatch.chdir(tmp_path)
+    model = mdn.MDN(mdn.heads.Mixture(1, 3), mdn.backbones.MLP([8]))
+    rng = np.random.default_rng(0)
+    model.adapt(rng.normal(size=[100, 1]), rng.normal(size=[100, 1]))
+    Path("runs/first").mkdir(parents=True)
+    export_saved_model(model, "runs/first/saved_model")
+    names = {}
+    exec(BLOCKS[1], names)
+    served = names["model"].signatures["serving_default"](x=tf.constant([[0.5]]))
+    assert set(served) == {"mean", "stddev", "logits", "loc", "scale_tril"}
+    np.testing.assert_allclose(
+        served["mean"], model.predict(np.array([[0.5]]), verbose=0), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((\w[\w/.]+)\)", README))))
+def test_links_lead_somewhere(path):
+    assert (Path(__file__).parent.parent / path).exists()

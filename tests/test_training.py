@@ -1,0 +1,393 @@
+"""Whole runs: what they write, every option by name, kills, resumption, wrong inputs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tf_keras
+from omegaconf import OmegaConf
+
+import mdn
+from mdn.config import compose_config, config_dir
+from mdn.runs import CONTENTS
+from mdn.training import train
+
+TINY = (
+    "trainer.epochs=2",
+    "trainer.batch_size=32",
+    "trainer.verbose=0",
+    "trainer.compiled=false",
+    "backbone.widths=[8]",
+)
+TINY_DATA = ("data.rows=200", "data.validation_rows=64", "data.test_rows=64")
+
+
+def run(directory, *overrides, tiny=(*TINY, *TINY_DATA)):
+    return train(compose_config([f"output_dir={directory}", *tiny, *overrides]))
+
+
+def command(directory, *overrides, **kwargs):
+    """Start `python train.py` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "train.py", f"output_dir={directory}", *overrides],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+def choices(group):
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    return directory, run(directory)
+
+
+def test_run_directory_is_as_documented(finished):
+    directory, _ = finished
+    assert {path.name for path in directory.iterdir()} == set(CONTENTS)
+    assert (directory / ".hydra" / "config.yaml").is_file()
+    assert list((directory / "checkpoints").glob("epoch-00002.npz"))
+    for name in ("density", "history", "calibration"):
+        assert (directory / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "epoch 2: loss=" in (directory / "train.log").read_text()
+
+
+def test_metrics_are_flat_finite_and_complete(finished):
+    directory, metrics = finished
+    assert json.loads((directory / "metrics.json").read_text()) == metrics
+    assert all(isinstance(v, int | float) and np.isfinite(v) for v in metrics.values())
+    assert metrics.keys() >= {
+        *("test/nll", "test/nll_se", "test/n", "train/seconds", "train/rows_per_second"),
+        *("model/parameters", "baseline/nll", "data/entropy", "test/regret", "test/regret_se"),
+        *("test/rmse", "test/coverage50", "test/coverage90"),
+    }
+    assert metrics["test/n"] == 64
+    record = json.loads((directory / "provenance.json").read_text())
+    assert record["seed"] == 0
+    assert len(record["data_sha256"]) == 64
+
+
+def test_saved_model_is_the_one_that_was_scored(finished):
+    directory, metrics = finished
+    data = compose_config([*TINY_DATA]).data
+    from hydra.utils import instantiate
+
+    test = instantiate(data).load().test
+    model = mdn.load(directory / "model.keras")
+    log_prob = model.predict_distribution(test.x).log_prob(test.y.astype(np.float32))
+    assert -np.mean(log_prob) == pytest.approx(metrics["test/nll"], rel=1e-5)
+
+
+def test_finished_run_is_not_touched(finished):
+    directory, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
+    with pytest.raises(mdn.MDNError, match="finished run: set overwrite=true"):
+        run(directory)
+    assert before == {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
+
+
+def test_seed_decides_the_run(finished, tmp_path):
+    _, metrics = finished
+    again, other = run(tmp_path / "0"), run(tmp_path / "1", "seed=1")
+    assert again["test/nll"] == metrics["test/nll"]
+    assert other["test/nll"] != metrics["test/nll"]
+
+
+def test_init_from_starts_at_the_weights_of_a_run(finished, tmp_path):
+    directory, metrics = finished
+    slow = ("optimizer.learning_rate=1e-12", "trainer.epochs=1")
+    again = run(tmp_path / "again", f"init_from={directory}", *slow)
+    assert again["test/nll"] == pytest.approx(metrics["test/nll"], abs=1e-4)
+    with pytest.raises(mdn.MDNError, match=r"another head \(components: 3, not 5\)"):
+        run(tmp_path / "k", f"init_from={directory}", "k=5")
+    with pytest.raises(mdn.MDNError, match="does not exist"):
+        run(tmp_path / "none", f"init_from={tmp_path}/none")
+    assert not (tmp_path / "k").exists()
+
+
+# ---------------------------------------------------------------------- every option by name
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Return the overrides that give each source of files something to read."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    n = 300
+    frame = pd.DataFrame({"size": rng.normal(size=n), "colour": rng.choice(["red", "blue"], n)})
+    frame["price"] = frame["size"] + 3.0 * (frame["colour"] == "red") + rng.normal(size=n)
+    frame["weight"] = rng.uniform(size=n)
+    frame.to_csv(folder / "rows.csv", index=False)
+    frame.to_parquet(folder / "rows.parquet")
+    np.savez(folder / "rows.npz", x=rng.normal(size=[n, 3]), y=rng.normal(size=n))
+    x, y = rng.normal(size=[n, 4, 3]), rng.normal(size=[n, 4, 1])
+    x[:50, 2:] = np.nan
+    np.savez(folder / "sequences.npz", x=x, y=y)
+    np.savez(folder / "last.npz", x=x, y=y[:, 0])
+    return {
+        "csv": [f"data.path={folder}/rows.csv", "data.targets=[price]", "data.weight=weight"],
+        "parquet": [f"data.path={folder}/rows.parquet", "data.targets=[price,size]"],
+        "npz": [f"data.path={folder}/rows.npz"],
+        "flights": ["data.max_rows=3000"],
+        "sequences": ["data=npz", f"data.path={folder}/sequences.npz"],
+        "last": ["data=npz", f"data.path={folder}/last.npz"],
+    }
+
+
+@pytest.mark.parametrize("source", choices("data"))
+def test_every_source_trains(source, tables, tmp_path):
+    size = tables.get(source, TINY_DATA)
+    metrics = run(tmp_path / "run", f"data={source}", *size, "k=2", tiny=TINY)
+    assert np.isfinite(metrics["test/nll"])
+    assert ("test/regret" in metrics) == (source not in tables)
+
+
+@pytest.mark.parametrize("head", choices("model"))
+@pytest.mark.parametrize("source", ["sinusoid", "two_moons"])
+def test_every_head_trains(head, source, tmp_path):
+    metrics = run(tmp_path / "run", f"model={head}", f"data={source}")
+    assert metrics["test/nll"] < metrics["baseline/nll"] + 1.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["backbone=mlp", "backbone.dropout=0.1", "backbone.layer_norm=true"],
+        ["backbone=resnet", "backbone.width=8", "backbone.dropout=0.1"],
+        ["backbone=constant"],
+        ["backbone=lstm", "backbone.units=[4]", "sequences"],
+        ["backbone=lstm", "backbone.units=[4]", "backbone.return_sequences=false", "last"],
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_every_backbone_trains(options, tables, tmp_path):
+    data = tables.get(options[-1], TINY_DATA)
+    options = [option for option in options if option not in tables]
+    metrics = run(tmp_path / "run", *options, *data, tiny=TINY[:-1])
+    assert np.isfinite(metrics["test/nll"])
+
+
+def test_every_backbone_has_a_case():
+    # the list above, by name
+    assert choices("backbone") == ["constant", "lstm", "mlp", "resnet"]
+
+
+@pytest.mark.parametrize("optimizer", choices("optimizer"))
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "plateau"])
+def test_every_optimizer_and_schedule_trains(optimizer, schedule, tmp_path):
+    metrics = run(
+        tmp_path / "run",
+        f"optimizer={optimizer}",
+        f"trainer.schedule={schedule}",
+        "optimizer.global_clipnorm=1.0",
+        "optimizer.learning_rate=1e-3",
+    )
+    assert np.isfinite(metrics["test/nll"])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "trainer.precision=mixed_bfloat16",
+        "trainer.compiled=true",
+        "trainer.steps_per_execution=2",
+        "trainer.warmup=0",
+        "model.positivity=exp",
+        "model.positivity=elu",
+        "callbacks.tensorboard.image_every=0",
+        "callbacks.early_stopping.patience=1",
+        "strategy=cpu",
+    ],
+)
+def test_every_other_option_trains(option, tmp_path):
+    assert np.isfinite(run(tmp_path / "run", option)["test/nll"])
+
+
+@tf_keras.saving.register_keras_serializable(package="tests")
+class OwnBackbone(tf_keras.Model):
+    """A Keras model of the user's own."""
+
+    def __init__(self, units=4, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.dense = tf_keras.layers.Dense(units, "tanh")
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+    def get_config(self):
+        return {"units": self.units}
+
+
+def test_backbone_of_the_users_own(tmp_path):
+    config = compose_config([f"output_dir={tmp_path}/run", *TINY[:-1], *TINY_DATA])
+    OmegaConf.set_struct(config, False)
+    config.backbone = {"_target_": f"{OwnBackbone.__module__}.OwnBackbone", "units": 6}
+    train(config)
+    assert mdn.load(tmp_path / "run" / "model.keras").backbone.units == 6
+
+
+# ---------------------------------------------------------------------- wrong inputs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=csv"], "data.path is not set"),
+        (["data=csv", "data.path=none.csv", "data.targets=[a]"], "none.csv"),
+        (["data.rows=10"], "10 train rows are fewer than one batch of 32"),
+        (["model.event_size=2"], r"model.event_size=2 but the data have 1 targets \(t\)"),
+        (["backbone=lstm"], r"needs sequences \[N, T, F\]"),
+        (["backbone._target_=no.such.Thing"], "no.such.Thing"),
+        (["backbone.activation=gelo"], "gelo"),
+        (["strategy=gpu"], "strategy=gpu needs 1 GPU and TensorFlow sees 0"),
+        (["strategy=mirrored"], "strategy=mirrored needs 2 GPUs and TensorFlow sees 0"),
+        (["strategy=multi_worker"], "strategy=multi_worker cannot use TF_CONFIG"),
+        (["strategy=tpu"], "strategy=tpu finds no TPU called 'local'"),
+    ],
+)
+def test_wrong_inputs_are_one_line_and_leave_nothing(overrides, message, tmp_path):
+    tiny = TINY[:-1] if any(o.startswith("backbone=") for o in overrides) else TINY
+    if "data=csv" not in overrides:
+        tiny = (*tiny, *TINY_DATA)
+    with pytest.raises(mdn.MDNError, match=message) as error:
+        run(tmp_path / "run", *overrides, tiny=tiny)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("directory", ["/proc/mdn", "/dev/null/run"])
+def test_directory_that_cannot_be_written(directory):
+    with pytest.raises(mdn.MDNError, match=f"output_dir={directory}"):
+        run(directory)
+
+
+# ---------------------------------------------------------------------- kills
+
+
+def weights(directory):
+    return mdn.load(directory / "model.keras").get_weights()
+
+
+@pytest.mark.slow
+def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path):
+    options = (
+        "trainer.deterministic=true",
+        "trainer.epochs=12",
+        "trainer.schedule=plateau",
+        "backbone.dropout=0.2",
+        "callbacks.early_stopping.patience=3",
+        "data.rows=4000",
+        "callbacks.tensorboard.image_every=0",
+    )
+    whole = command(tmp_path / "whole", *options)
+    killed = command(tmp_path / "killed", *options)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    while killed.poll() is None and not list(checkpoints.glob("epoch-0000[3-9].npz")):
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, killed.communicate()
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    assert whole.wait() == 0, whole.communicate()
+    resumed = command(tmp_path / "killed", *options)
+    out, err = resumed.communicate()
+    assert resumed.returncode == 0, err
+    assert "going on from" in out
+    for a, b in zip(weights(tmp_path / "whole"), weights(tmp_path / "killed"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    one, two = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "killed")
+    )
+    assert one["test/nll"] == two["test/nll"]
+    assert one["train/epochs"] == two["train/epochs"]
+
+
+@pytest.mark.slow
+def test_interrupted_run_keeps_what_it_learned(tmp_path):
+    process = command(tmp_path / "run", "trainer.epochs=1000", "data.rows=2000")
+    while process.poll() is None and not list(tmp_path.glob("run/checkpoints/epoch-*.npz")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130, err
+    assert "model.keras holds the best weights so far" in err
+    assert f"output_dir={tmp_path}/run goes on" in err
+    assert "Traceback" not in err
+    assert mdn.load(tmp_path / "run" / "model.keras").head.components == 3
+
+
+@pytest.mark.slow
+def test_full_disk_while_the_model_is_saved(tmp_path):
+    # A file-size limit of the process is met as a full disk is: by a write that fails.
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {limit}\n"
+            "import sys; sys.argv[0] = 'train.py'\n"
+            "from mdn.cli.train import main; main()",
+            f"output_dir={tmp_path}/run",
+            "trainer.epochs=1",
+            "callbacks.tensorboard.image_every=0",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.startswith("error: cannot write")
+    assert process.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("*partial*"))
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+# ---------------------------------------------------------------------- quality
+
+
+@pytest.mark.slow
+def test_main_job_comes_near_the_entropy(tmp_path):
+    process = command(tmp_path / "run", "model=mixture", "k=3")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert err == ""
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["test/n"] == 10_000
+    assert metrics["test/regret"] < 0.05
+    assert metrics["test/regret"] > -4.0 * metrics["test/regret_se"]
+    assert metrics["data/entropy"] == pytest.approx(-1.2263, abs=1e-3)
+    assert out.splitlines()[-1].endswith(f"tensorboard --logdir {tmp_path}/run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_no_component_dies(seed, tmp_path):
+    run(
+        tmp_path / "run",
+        "k=8",
+        f"seed={seed}",
+        "callbacks.tensorboard.image_every=0",
+        tiny=("trainer.verbose=0", "trainer.epochs=30"),
+    )
+    model = mdn.load(tmp_path / "run" / "model.keras")
+    x = np.linspace(-0.1, 1.1, 500)[:, None]
+    logits = model.predict_distribution(x).logits.numpy()
+    weights = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    # each one matters somewhere
+    assert weights.max(axis=0).min() > 0.05
+
+
+def test_environment_is_left_alone():
+    assert os.environ.get("TF_CONFIG") is None
