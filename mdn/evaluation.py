@@ -57,11 +57,6 @@ class Margins:
         """Return the mean, [.., D]."""
         return self._mix(self.loc)
 
-    def pdf(self, y: np.ndarray) -> np.ndarray:
-        """Return p(y_d) for each d, [.., D], of y [.., D]; NaN where y is."""
-        z = (y[..., np.newaxis, :] - self.loc) / self.scale  # [.., K, D]
-        return self._mix(np.exp(-0.5 * z**2) / (self.scale * math.sqrt(2 * math.pi)))
-
     def cdf(self, y: np.ndarray) -> np.ndarray:
         """Return P(Y_d <= y_d) for each d, [.., D], of y [.., D]; NaN where y is."""
         return self._mix(special.ndtr((y[..., np.newaxis, :] - self.loc) / self.scale))

@@ -69,7 +69,6 @@ def save_plots(
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=160)
         except OSError as error:
-            path.unlink(missing_ok=True)
             raise RunError(f"cannot write {path}: {error.strerror or error}") from error
         paths.append(path)
     return paths
@@ -170,15 +169,15 @@ def _draw_sequence(figure: Figure, model: MDN, data: Data, rows: Rows) -> None:
 
 def _draw_curve(figure: Figure, data: Data, rows: Rows, margins: Margins) -> None:
     low, high = _limits(rows.y)
-    y = _centres(low, high)
+    edges = np.linspace(low, high, _CELLS + 1)
     axes = _add_axes(figure, data.targets[0], f"p({data.targets[0]})")
     inside = rows.y[(rows.y > low) & (rows.y < high)]
     share = len(inside) / max(1, np.isfinite(rows.y).sum())
     bins = np.linspace(low, high, 61)
     height = np.histogram(inside, bins, density=True)[0] * share  # the tails count, out of sight
     axes.stairs(height, bins, fill=True, color=_BLUE, alpha=0.25, label="observed")
-    density = margins.pdf(y[:, np.newaxis, np.newaxis])[:, 0, 0]
-    axes.plot(y, density, color=_BLUE, linewidth=2, label="density")
+    density = _mean_density(margins, edges)[:, 0]
+    axes.plot(_centres(low, high), density, color=_BLUE, linewidth=2, label="density")
     axes.set_xlim(low, high)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
@@ -204,7 +203,7 @@ def _draw_planes(
     for row, axes in zip(chosen.tolist(), grid.flat, strict=False):
         one = Margins(margins.weight[row], margins.loc[row], margins.scale[row])
         shown = y if unconditional else y[row : row + 1]
-        spread = [one.quantile(p)[:2] for p in (0.002, 0.998)]
+        spread = [one.quantile(p)[:2] for p in (0.01, 0.99)]
         if unconditional:
             limits = [_limits(column) for column in y.T]
         else:
@@ -215,7 +214,8 @@ def _draw_planes(
             _draw_points(axes, shown[:, 0], shown[:, 1])
         else:
             axes.plot(*shown[0], "o", color="white", markeredgecolor=_INK, markersize=7)
-            axes.set_title(_describe(rows, data.features, row), fontsize=10, color=_INK)
+            means = (f"{name} {mean:.3g}" for name, mean in zip(data.targets, one.mean()[:2]))
+            axes.set_title(f"mean: {', '.join(means)}", fontsize=10, color=_INK)
     for axes in list(grid.flat)[panels:]:
         axes.remove()
     bar = _add_bar(figure, image, grid, "probability mass at higher density")
@@ -253,7 +253,8 @@ def _draw_regions(
     inside = np.ones(density.size)
     inside[order] = np.minimum(np.cumsum(density.ravel()[order]) * area, 1.0)
     inside = inside.reshape(density.shape)
-    axes.contour(first, second, inside, [0.5, 0.9], colors="white", linewidths=[1.2, 0.8])
+    if levels := [level for level in (0.5, 0.9) if inside.min() < level]:
+        axes.contour(first, second, inside, levels, colors="white", linewidths=1)
     image = axes.imshow(
         inside,
         origin="lower",
@@ -361,8 +362,8 @@ def _draw_heat(
     label: str,
 ) -> None:
     """Draw X densities of one target as columns of colours between the limits `across`."""
-    y = _centres(*up)
-    density = margins.pdf(y[:, np.newaxis, np.newaxis])[..., 0]  # [Y, X]
+    edges = np.linspace(*up, _CELLS + 1)
+    density = _mean_density(margins, edges)  # [Y, X]
     image = axes.imshow(
         density,
         origin="lower",
@@ -371,7 +372,7 @@ def _draw_heat(
         cmap=_COLORMAP,
         interpolation="bilinear",
         # The square root keeps thin branches in sight, and one narrow peak does not dim the rest.
-        norm=PowerNorm(0.5, 0, np.quantile(density, 0.98)),
+        norm=PowerNorm(0.5, 0, np.quantile(density.max(axis=0), 0.75) or 1.0),
     )
     axes.autoscale(False)  # a point far off stays out of sight
     _add_bar(figure, image, axes, label, extend="max")
@@ -419,7 +420,7 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
     values = values[np.isfinite(values)]
     if not len(values):
         return 0.0, 1.0
-    low, high = np.quantile(values, [0.005, 0.995])
+    low, high = np.quantile(values, [0.01, 0.99])
     reach = 0.25 * (high - low)
     return _pad(max(values.min(), low - reach), min(values.max(), high + reach))
 
@@ -434,6 +435,12 @@ def _centres(low: float, high: float, cells: int = _CELLS) -> np.ndarray:
     return low + (high - low) * (np.arange(cells) + 0.5) / cells
 
 
+def _mean_density(margins: Margins, edges: np.ndarray) -> np.ndarray:
+    """Return the mean density [Y, X] of X margins between Y + 1 edges: no peak falls through."""
+    below = margins.cdf(edges[:, np.newaxis, np.newaxis])[..., 0]  # [Y + 1, X]
+    return np.diff(below, axis=0) / np.diff(edges)[:, np.newaxis]
+
+
 def _first_target(margins: Margins) -> Margins:
     return Margins(margins.weight, margins.loc[..., :1], margins.scale[..., :1])
 
@@ -444,11 +451,3 @@ def _single_number(x: Features) -> np.ndarray | None:
         return x[:, 0] if x.shape[1:] == (1,) else None
     column, *others = x.values()
     return None if others or column.dtype.kind != "f" else column
-
-
-def _describe(rows: Rows, features: Sequence[str], row: int) -> str:
-    """Return a title for a row: its features, if they are few numbers."""
-    x = rows.x
-    if isinstance(x, dict) or x.ndim == 3 or x.shape[1] > 3:
-        return f"row {row}"
-    return ", ".join(f"{name} = {v:.3g}" for name, v in zip(features, x[row], strict=True))

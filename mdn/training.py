@@ -79,13 +79,15 @@ def make(config: DictConfig, key: str, **kwargs: Any) -> Any:
         ConfigError: there is no such constructor, or it does not take these options.
     """
     try:
-        return instantiate(OmegaConf.select(config, key), **kwargs, _convert_="all")
+        # Partial, as a full call would turn the arguments given here into config nodes.
+        constructor = instantiate(OmegaConf.select(config, key), _partial_=True, _convert_="all")
     except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, MDNError):
-            cause = cause.__cause__
-        if cause is not None:
-            raise cause from None
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+    try:
+        return constructor(**kwargs)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, MDNError):
+            raise
         raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 
 
@@ -157,16 +159,17 @@ def compile_model(model: MDN, config: DictConfig, steps: int) -> None:
         steps: train steps an epoch.
     """
     trainer = config.trainer
-    optimizer = make(config, "optimizer")
+    options = {}
     if trainer.schedule == "cosine":
-        total = steps * trainer.epochs
+        total, peak = steps * trainer.epochs, config.optimizer.learning_rate
         warmup = round(trainer.warmup * total)
-        optimizer.learning_rate = tf_keras.optimizers.schedules.CosineDecay(
-            initial_learning_rate=0.0 if warmup else config.optimizer.learning_rate,
+        options["learning_rate"] = tf_keras.optimizers.schedules.CosineDecay(
+            initial_learning_rate=0.0 if warmup else peak,
             decay_steps=total - warmup,
-            warmup_target=config.optimizer.learning_rate if warmup else None,
+            warmup_target=peak if warmup else None,
             warmup_steps=warmup,
         )
+    optimizer = make(config, "optimizer", **options)
     model.compile(
         optimizer,
         loss=config.loss,

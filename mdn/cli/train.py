@@ -42,6 +42,7 @@ def _job(config: DictConfig) -> float | None:
 
         logger = logging.getLogger("mdn")
         logger.setLevel(logging.DEBUG)
+        logger.propagate = False
         if not logger.handlers:  # a sweep comes here once for each of its runs
             console = logging.StreamHandler(sys.stdout)
             console.setLevel(logging.INFO)
