@@ -4,8 +4,10 @@
 class MDNError(ValueError):
     """A mistake in what the user gave; the message is one line and ends with the remedy."""
 
-    # Raised while TensorFlow traces a step, an error keeps its type only if it is made this way.
+    # Raised while TensorFlow traces a step, an error keeps its type only if it is made this way;
+    # raised in a layer's call, its message stays one line only if Keras takes it for annotated.
     __init__ = Exception.__init__
+    _keras_call_info_injected = True
 
 
 class ConfigError(MDNError):

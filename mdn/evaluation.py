@@ -274,7 +274,7 @@ def print_table(metrics: dict[str, float], console: Console | None = None) -> No
     console = console or Console()
     title = f"{metrics['test/n']:,.0f} test rows"
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("metric", overflow="ellipsis", no_wrap=True)
+    table.add_column("metric", overflow="ellipsis", no_wrap=True, max_width=40)
     for heading in ("value", "± se", "baseline"):
         table.add_column(heading, justify="right", no_wrap=True)
 

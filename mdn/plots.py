@@ -32,6 +32,9 @@ _COLORMAP = "viridis"
 _INK, _GREY = "#262626", "#8c8c8c"
 _BLUE, _ORANGE, _GREEN, _PURPLE, _RED = "#31688e", "#e07b39", "#35906b", "#7b5ea7", "#c44e52"
 _SERIES = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED)
+_LINELESS: dict[str, Any] = {"linestyle": "none", "color": "white"}
+_POINTS = _LINELESS | {"marker": ".", "markersize": 3, "alpha": 0.35, "markeredgewidth": 0}
+_MARKER = _LINELESS | {"marker": "o", "markersize": 5, "markeredgecolor": _INK}
 _CELLS = 240  # across a picture, and up
 _MOST_ROWS = 2000
 
@@ -127,7 +130,7 @@ def _draw_over_feature(
     axes = _add_axes(figure, data.features[0], data.targets[0])
     label = f"p({data.targets[0]} | {data.features[0]})"
     _draw_heat(figure, axes, margins, (low, high), _limits(rows.y), label)
-    _draw_points(axes, feature, rows.y)
+    axes.plot(feature, rows.y, **_POINTS)
 
 
 def _draw_over_rank(figure: Figure, data: Data, rows: Rows, margins: Margins) -> None:
@@ -146,7 +149,7 @@ def _draw_over_rank(figure: Figure, data: Data, rows: Rows, margins: Margins) ->
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     _draw_heat(figure, axes, pooled, (0, 1), _limits(rows.y), f"p({data.targets[0]} | x)")
     _draw_bands(axes, pooled, (np.arange(columns) + 0.5) / columns)
-    _draw_points(axes, (np.arange(len(order)) + 0.5) / len(order), rows.y[order])
+    axes.plot((np.arange(len(order)) + 0.5) / len(order), rows.y[order], **_POINTS)
 
 
 def _draw_sequence(figure: Figure, model: MDN, data: Data, rows: Rows) -> None:
@@ -164,19 +167,19 @@ def _draw_sequence(figure: Figure, model: MDN, data: Data, rows: Rows) -> None:
     extent = (0.5, steps + 0.5)
     _draw_heat(figure, axes, margins, extent, _limits(np.concatenate(spread)), label)
     _draw_bands(axes, margins, time)
-    axes.plot(time, y, "o", color="white", markersize=4, markeredgecolor=_INK)
+    axes.plot(time, y, **_MARKER)
 
 
 def _draw_curve(figure: Figure, data: Data, rows: Rows, margins: Margins) -> None:
     low, high = _limits(rows.y)
-    edges = np.linspace(low, high, _CELLS + 1)
+    one = Margins(margins.weight[:1], margins.loc[:1], margins.scale[:1])  # they are all alike
     axes = _add_axes(figure, data.targets[0], f"p({data.targets[0]})")
     inside = rows.y[(rows.y > low) & (rows.y < high)]
     share = len(inside) / max(1, np.isfinite(rows.y).sum())
     bins = np.linspace(low, high, 61)
     height = np.histogram(inside, bins, density=True)[0] * share  # the tails count, out of sight
     axes.stairs(height, bins, fill=True, color=_BLUE, alpha=0.25, label="observed")
-    density = _mean_density(margins, edges)[:, 0]
+    density = _mean_density(one, np.linspace(low, high, _CELLS + 1))[:, 0]
     axes.plot(_centres(low, high), density, color=_BLUE, linewidth=2, label="density")
     axes.set_xlim(low, high)
     axes.set_ylim(bottom=0)
@@ -192,33 +195,33 @@ def _draw_planes(
     unconditional: bool,
 ) -> None:
     """Draw the plane of the first two targets: for four rows, or once if they are all alike."""
-    y = rows.y[:, :2]
+    first, second = data.targets[:2]
+    y, mean = rows.y[:, :2], margins.mean()
     chosen = np.flatnonzero(~np.isnan(y).any(axis=1))
     if not len(chosen):
         chosen = np.arange(len(y))
-    chosen = chosen[np.argsort(margins.mean()[chosen, 0])]
+    chosen = chosen[np.argsort(mean[chosen, 0])]
     panels = 1 if unconditional else min(4, len(chosen))
     chosen = chosen[(2 * np.arange(panels) + 1) * len(chosen) // (2 * panels)]
-    grid = figure.subplots(math.ceil(panels / 2), min(2, panels), squeeze=False)
-    for row, axes in zip(chosen.tolist(), grid.flat, strict=False):
-        one = Margins(margins.weight[row], margins.loc[row], margins.scale[row])
-        shown = y if unconditional else y[row : row + 1]
-        spread = [one.quantile(p)[:2] for p in (0.01, 0.99)]
+    shape = math.ceil(panels / 2), min(2, panels)
+    every = [figure.add_subplot(*shape, i + 1) for i in range(panels)]
+    for row, axes in zip(chosen, every, strict=True):
+        weight, loc = margins.weight[row], margins.loc[row]  # [K], [K, D]
+        _style(axes, first, second)
+        axes.locator_params(nbins=5)
         if unconditional:
-            limits = [_limits(column) for column in y.T]
+            shown, style = y, _POINTS
         else:
-            limits = [_limits(column) for column in np.concatenate([spread, shown]).T]
-        _style(axes, data.targets[0], data.targets[1])
-        image = _draw_regions(axes, one.weight, one.loc[:, :2], scale_tril[row, :, :2, :2], limits)
-        if unconditional:
-            _draw_points(axes, shown[:, 0], shown[:, 1])
-        else:
-            axes.plot(*shown[0], "o", color="white", markeredgecolor=_INK, markersize=7)
-            means = (f"{name} {mean:.3g}" for name, mean in zip(data.targets, one.mean()[:2]))
-            axes.set_title(f"mean: {', '.join(means)}", fontsize=10, color=_INK)
-    for axes in list(grid.flat)[panels:]:
-        axes.remove()
-    bar = _add_bar(figure, image, grid, "probability mass at higher density")
+            one = Margins(weight, loc, margins.scale[row])
+            shown = np.stack([y[row], one.quantile(0.01)[:2], one.quantile(0.99)[:2]])
+            style = _MARKER | {"markevery": [0]}  # the others are for the limits alone
+            title = f"mean: {first} {mean[row, 0]:.3g}, {second} {mean[row, 1]:.3g}"
+            axes.set_title(title, fontsize=10, color=_INK)
+        limits = [_limits(column) for column in shown.T]
+        # The leading block of a triangular factor is the factor of the margin.
+        image = _draw_regions(axes, weight, loc[:, :2], scale_tril[row, :, :2, :2], limits)
+        axes.plot(*shown.T, **style)
+    bar = _add_bar(figure, image, every, "probability mass at higher density")
     bar.ax.invert_yaxis()  # bright and dense is up, as in the other pictures
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     bar.set_ticks([0, 0.5, 0.9, 1])
@@ -372,7 +375,7 @@ def _draw_heat(
         cmap=_COLORMAP,
         interpolation="bilinear",
         # The square root keeps thin branches in sight, and one narrow peak does not dim the rest.
-        norm=PowerNorm(0.5, 0, np.quantile(density.max(axis=0), 0.75) or 1.0),
+        norm=PowerNorm(0.5, 0, np.median(density.max(axis=0)) or 1.0),
     )
     axes.autoscale(False)  # a point far off stays out of sight
     _add_bar(figure, image, axes, label, extend="max")
@@ -395,10 +398,6 @@ def _draw_bands(axes: Axes, margins: Margins, across: np.ndarray) -> None:
         axes.plot(across, np.transpose(ends), style, color="white", linewidth=1.2, label=labels)
     background = {"facecolor": "black", "edgecolor": "none", "framealpha": 0.4}
     axes.legend(loc="upper left", labelcolor="white", fontsize=9, **background)
-
-
-def _draw_points(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    axes.plot(x, y, ".", color="white", markersize=3, alpha=0.35, markeredgewidth=0)
 
 
 def _add_axes(figure: Figure, x_label: str, y_label: str) -> Axes:

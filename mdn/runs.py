@@ -105,10 +105,13 @@ class RunDirectory:
         handler = logging.FileHandler(self / "train.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger = logging.getLogger("mdn")
+        level = logger.level
+        logger.setLevel(logging.DEBUG)
         logger.addHandler(handler)
         try:
             yield
         finally:
+            logger.setLevel(level)
             logger.removeHandler(handler)
             handler.close()
 

@@ -255,7 +255,9 @@ def finish(
         "model/parameters": model.count_params(),
     }
     model.save(directory / "model.keras")
-    export_saved_model(model, directory / "saved_model", overwrite=True)
+    export_saved_model(
+        model, directory / "saved_model", overwrite=True, targets=data.targets
+    )
     save_plots(model, data, progress.history, evaluation, directory / "plots")
     directory.write_json("provenance.json", provenance(config, data.fingerprint()))
     directory.write_json("metrics.json", metrics)

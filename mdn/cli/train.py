@@ -41,7 +41,7 @@ def _job(config: DictConfig) -> float | None:
         from mdn.training import InterruptedRunError, train
 
         logger = logging.getLogger("mdn")
-        logger.setLevel(logging.DEBUG)
+        logger.setLevel(logging.INFO)
         logger.propagate = False
         if not logger.handlers:  # a sweep comes here once for each of its runs
             console = logging.StreamHandler(sys.stdout)
