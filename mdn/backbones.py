@@ -67,6 +67,8 @@ class Dropout(layers.Layer):
 class Backbone(tf_keras.Model):
     """A chain of layers [.., F] -> [.., H]; the mask of a sequence goes through to each."""
 
+    xla = True  # whether a train step can be compiled once and for all
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.chain: list[layers.Layer] = []
@@ -231,6 +233,8 @@ class LSTM(Backbone):
         dropout: share of the units to drop between layers while training.
         **kwargs: as for any Keras model.
     """
+
+    xla = False  # Keras's LSTM makes a new function at each call, which XLA compiles each time
 
     def __init__(
         self,

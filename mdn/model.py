@@ -6,6 +6,7 @@ Shape letters: B batch, T time, F features, D event size, N rows.
 from __future__ import annotations
 
 import os
+import types
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,19 +61,17 @@ class MDN(tf_keras.Model):
         self._feature_rank: int | None = None  # 2 or 3, known from `adapt` on
         self._score: losses.Loss = losses.nll
         self._density: Any = None
-        self._make_trackers()
-
-    # Keras would take the state of a tracked metric for weights of the model.
-    @tf.__internal__.tracking.no_automatic_dependency_tracking
-    def _make_trackers(self) -> None:
-        self._loss_tracker = tf_keras.metrics.Mean(name="loss")
-        self._nll_tracker = tf_keras.metrics.Mean(name="nll")
-        self._norm_tracker = tf_keras.metrics.Mean(name="gradient_norm")
+        # In a namespace, as Keras takes the state of a metric in an attribute for weights.
+        self._trackers = types.SimpleNamespace(
+            loss=tf_keras.metrics.Mean(name="loss"),
+            nll=tf_keras.metrics.Mean(name="nll"),
+            gradient_norm=tf_keras.metrics.Mean(name="gradient_norm"),
+        )
 
     @property
     def metrics(self) -> list[tf_keras.metrics.Metric]:
         """The metrics that Keras resets at the start of each epoch."""
-        return [self._loss_tracker, self._nll_tracker, self._norm_tracker, *super().metrics]
+        return [*vars(self._trackers).values(), *super().metrics]
 
     # ------------------------------------------------------------------ starting values
 
@@ -138,8 +137,8 @@ class MDN(tf_keras.Model):
         Args:
             optimizer: a Keras optimizer or its name.
             loss: a name of `mdn.losses.LOSSES`, or a function of (y, density) to [B].
-            jit_compile: compile the step with XLA; by default on one device, and not over several
-                replicas, where XLA cannot be used.
+            jit_compile: compile the step with XLA; by default where that works: on one device, with
+                a backbone that does not say otherwise (`xla = False`).
             **kwargs: as for `tf_keras.Model.compile`; metrics see the mean of the density.
 
         Raises:
@@ -147,7 +146,8 @@ class MDN(tf_keras.Model):
         """
         self._score = losses.get(loss)
         if jit_compile is None:
-            jit_compile = self.distribute_strategy.num_replicas_in_sync == 1
+            one_device = self.distribute_strategy.num_replicas_in_sync == 1
+            jit_compile = one_device and getattr(self.backbone, "xla", True)
         super().compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile, **kwargs)
 
     def compute_loss(
@@ -166,10 +166,10 @@ class MDN(tf_keras.Model):
                 sample_weight = sample_weight[:, tf.newaxis]  # [B, 1], the same for every step
             score *= sample_weight
         loss = tf.reduce_sum(tf.where(counted, score, tf.zeros_like(score))) / count
-        self._nll_tracker.update_state(loss, sample_weight=count)
+        self._trackers.nll.update_state(loss, sample_weight=count)
         if self.losses:
             loss += tf.add_n([tf.cast(term, loss.dtype) for term in self.losses])
-        self._loss_tracker.update_state(loss, sample_weight=count)
+        self._trackers.loss.update_state(loss, sample_weight=count)
         return loss
 
     def _counted(self, x: Any, y: tf.Tensor) -> tf.Tensor:
@@ -186,9 +186,15 @@ class MDN(tf_keras.Model):
             # Gradients of the replicas are summed.
             scaled = loss / self.distribute_strategy.num_replicas_in_sync
         gradients = tape.gradient(scaled, self.trainable_variables)
-        norm = tf.linalg.global_norm([g for g in gradients if g is not None])
-        self._norm_tracker.update_state(norm)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        pairs = [
+            (gradient, variable)
+            for gradient, variable in zip(gradients, self.trainable_variables, strict=True)
+            if gradient is not None  # the projection of features that a backbone does not read
+        ]
+        pairs = list(self.optimizer.aggregate_gradients(pairs))
+        norm = tf.linalg.global_norm([gradient for gradient, _ in pairs])
+        self._trackers.gradient_norm.update_state(norm)
+        self.optimizer.apply_gradients(pairs, skip_gradients_aggregation=True)
         return self.compute_metrics(x, y, density, sample_weight)
 
     def test_step(self, data: Any) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
@@ -61,6 +63,8 @@ def train(config: DictConfig, overrides: list[str] | None = None) -> dict[str, f
         compile_model(model, config, len(data.train) // config.trainer.batch_size)
     if not is_chief(strategy):
         fit(model, config, data, directory, chief=False)
+        with tempfile.TemporaryDirectory() as scratch:
+            model.save(Path(scratch) / "model.keras")  # to save is a joint act of all workers
         return {}
     directory.create()
     with directory.logging():
@@ -244,6 +248,7 @@ def finish(
     model: MDN, config: DictConfig, data: Data, directory: RunDirectory, progress: Progress
 ) -> dict[str, float]:
     """Evaluate and export; `metrics.json` comes last and marks the run as finished."""
+    model.save(directory / "model.keras")
     evaluation = evaluate(model, data)
     rows = len(data.train) // config.trainer.batch_size * config.trainer.batch_size
     metrics = {
@@ -254,7 +259,6 @@ def finish(
         "train/rows_per_second": rows * progress.epoch / max(progress.seconds, 1e-9),
         "model/parameters": model.count_params(),
     }
-    model.save(directory / "model.keras")
     export_saved_model(
         model, directory / "saved_model", overwrite=True, targets=data.targets
     )

@@ -59,7 +59,6 @@ CASES = {
         1,
     ),
     "unconditional": (make_data(2, 1), mdn.backbones.Constant(), ("y0", "p(y0)"), 1),
-    "no features": (make_data(0, 1), mdn.backbones.Constant(), ("y0", "p(y0)"), 1),
     "two targets": (make_data(2, 2), None, ("y0", "y1"), 4),
     "four targets": (make_data(1, 4), None, ("y0", "y1"), 4),
     "unconditional plane": (make_data(2, 2), mdn.backbones.Constant(), ("y0", "y1"), 1),

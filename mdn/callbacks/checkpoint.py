@@ -88,7 +88,8 @@ class Checkpoint(tf_keras.callbacks.Callback):
         progress.epoch = epoch + 1
         progress.stopped = bool(self.model.stop_training)
         progress.seconds += time.perf_counter() - self._epoch_started
-        for name, value in (logs or {}).items():
+        rate = {"learning_rate": tf_keras.backend.get_value(self.model.optimizer.learning_rate)}
+        for name, value in {**(logs or {}), **rate}.items():
             progress.history.setdefault(name, []).append(float(value))
         progress.callbacks = {type(c).__name__: c.get_state() for c in self.others}
         if self.write:
@@ -132,7 +133,8 @@ class Checkpoint(tf_keras.callbacks.Callback):
         Raises:
             RunError: there are checkpoints, and none can be read.
         """
-        model.optimizer.build(model.trainable_variables)
+        with model.distribute_strategy.scope():
+            model.optimizer.build(model.trainable_variables)
         paths = _newest_first(self.directory)
         for path in paths:
             try:

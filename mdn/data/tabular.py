@@ -80,11 +80,11 @@ class Table(abc.ABC):
         Raises:
             DataError: a file, a column or a value cannot be used; the message says which.
         """
+        files = _find_files(self.path, self.suffixes)
         if not self.targets:
             raise DataError(
                 "data.targets is not set: name the columns to predict, data.targets=[...]"
             )
-        files = _find_files(self.path, self.suffixes)
         names = self._common_names(files)
         features = self._choose_features(names)
         options = [self.weight, self.split_column]
