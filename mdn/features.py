@@ -76,7 +76,9 @@ class Standardize(tf_keras.layers.Layer):
         """Fit the statistics to train rows, [N, F] or [N, T, F], which pass `check_features`."""
         x = np.asarray(x)
         # In the float32 values that the layer will see: a feature constant there has scale 1.
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(np.float32).astype(np.float64)
+        rows = (
+            x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(np.float32).astype(np.float64)
+        )
         absent = np.isnan(rows)
         if x.ndim == 3:
             real = ~absent.all(axis=1)

@@ -137,8 +137,8 @@ class MDN(tf_keras.Model):
         Args:
             optimizer: a Keras optimizer or its name.
             loss: a name of `mdn.losses.LOSSES`, or a function of (y, density) to [B].
-            jit_compile: compile the step with XLA; by default where that works: on one device, with
-                a backbone that does not say otherwise (`xla = False`).
+            jit_compile: compile the step with XLA; by default where that works: on one device,
+                with a backbone that does not say otherwise (`xla = False`).
             **kwargs: as for `tf_keras.Model.compile`; metrics see the mean of the density.
 
         Raises:

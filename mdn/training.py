@@ -259,9 +259,7 @@ def finish(
         "train/rows_per_second": rows * progress.epoch / max(progress.seconds, 1e-9),
         "model/parameters": model.count_params(),
     }
-    export_saved_model(
-        model, directory / "saved_model", overwrite=True, targets=data.targets
-    )
+    export_saved_model(model, directory / "saved_model", overwrite=True, targets=data.targets)
     save_plots(model, data, progress.history, evaluation, directory / "plots")
     directory.write_json("provenance.json", provenance(config, data.fingerprint()))
     directory.write_json("metrics.json", metrics)

@@ -321,7 +321,7 @@ def test_interrupted_run_keeps_what_it_learned(tmp_path):
     while process.poll() is None and not list(tmp_path.glob("run/checkpoints/epoch-*.npz")):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
+    _, err = process.communicate()
     assert process.returncode == 130, err
     assert "model.keras holds the best weights so far" in err
     assert f"output_dir={tmp_path}/run goes on" in err
@@ -379,14 +379,16 @@ def test_no_component_dies(seed, tmp_path):
         "k=8",
         f"seed={seed}",
         "callbacks.tensorboard.image_every=0",
-        tiny=("trainer.verbose=0", "trainer.epochs=30"),
+        tiny=("trainer.verbose=0",),
     )
     model = mdn.load(tmp_path / "run" / "model.keras")
     x = np.linspace(-0.1, 1.1, 500)[:, None]
     logits = model.predict_distribution(x).logits.numpy()
     weights = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
-    # each one matters somewhere
-    assert weights.max(axis=0).min() > 0.05
+    # A dead component has no weight to speak of at any x; the density needs three or four of the
+    # eight, and the others are to share in the work.
+    assert weights.max(axis=0).min() > 0.01
+    assert weights.mean(axis=0).min() > 0.001
 
 
 def test_environment_is_left_alone():

@@ -44,7 +44,8 @@ class Flights:
         split: "time", the earliest days train and the latest test; "group", whole days at random;
             or "random".
         validation: fraction of the rows.
-        test: fraction of the rows.
+        test: fraction of the rows; by time a fifth is the last eleven weeks of the year, while a
+            tenth would be December and its snow storms alone.
         seed: of the split, unless by time.
         missing: "indicator", or "error": weather is missing for some hours, and gusts for most.
         max_rows: read evenly spaced flights, at most this many.
@@ -55,7 +56,7 @@ class Flights:
 
     split: Literal["time", "group", "random"] = "time"
     validation: float = 0.1
-    test: float = 0.1
+    test: float = 0.2
     seed: int = 0
     missing: Literal["error", "indicator"] = "indicator"
     max_rows: int | None = None
