@@ -102,7 +102,7 @@ class RunDirectory:
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
         """Append what the package logs to `train.log`."""
-        handler = logging.FileHandler(self / "train.log")
+        handler = _LogFile(self / "train.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger = logging.getLogger("mdn")
         level = logger.level
@@ -124,6 +124,11 @@ class RunDirectory:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise RunError(f"cannot write {self / name}: {error.strerror}") from error
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Lose the line: where the disk is full, what matters more will say so."""
 
 
 def provenance(config: DictConfig, fingerprint: str) -> dict[str, Any]:

@@ -69,8 +69,13 @@ def train(config: DictConfig, overrides: list[str] | None = None) -> dict[str, f
     directory.create()
     with directory.logging():
         log.info("run directory: %s", directory.path)
-        progress = fit(model, config, data, directory)
-        metrics = finish(model, config, data, directory, progress)
+        try:
+            progress = fit(model, config, data, directory)
+            metrics = finish(model, config, data, directory, progress)
+        except OSError as error:
+            raise RunError(
+                f"cannot write {error.filename or directory.path}: {error.strerror}"
+            ) from error
         log.info("look at %s with: tensorboard --logdir %s", directory.path, directory.path)
     return metrics
 

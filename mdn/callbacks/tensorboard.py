@@ -5,7 +5,9 @@ Shape letters: N rows, D event size, K components.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from scipy import special
 
 from mdn.data.rows import Data, Rows
 from mdn.data.splits import thin
+from mdn.errors import RunError
 from mdn.evaluation import find_counted
 from mdn.model import MDN
 from mdn.plots import density_figure
@@ -69,15 +72,43 @@ class TensorBoard(tf_keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if epoch == 0:  # a resumed run has it all already
-            with self._writer("train").as_default(step=0):
+            with self._errors_named(), self._writer("train").as_default(step=0):
                 if self.config_text is not None:
                     tf.summary.text("config", f"```yaml\n{self.config_text}\n```")
                 if self.sample is not None:
                     self._write_graph(self.sample)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        logs = logs or {}
         self._epochs = epoch + 1
+        with self._errors_named():
+            self._write_epoch(logs or {})
+            if self.image_every and self._epochs % self.image_every == 0:
+                self._write_image()
+            for writer in self._writers.values():
+                writer.flush()  # a kill loses nothing
+
+    def on_train_end(self, logs: Any = None) -> None:
+        with self._errors_named():
+            if self.image_every and self._imaged < self._epochs:
+                self._write_image()
+            for writer in self._writers.values():
+                writer.close()
+        self._writers.clear()
+
+    @contextlib.contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, tf.errors.OpError) as error:
+            if str(self.log_dir) not in str(error):
+                raise
+            reason = str(error).partition("\n")[0].rpartition("; ")[2]
+            raise RunError(
+                f"cannot write {self.log_dir} ({reason}): mend that and start again with the same "
+                "output_dir"
+            ) from error
+
+    def _write_epoch(self, logs: dict[str, float]) -> None:
         with self._writer("train").as_default(step=self._epochs):
             for name in ("loss", "nll", "gradient_norm"):
                 if name in logs:
@@ -90,17 +121,6 @@ class TensorBoard(tf_keras.callbacks.Callback):
                 for name in ("loss", "nll"):
                     if f"val_{name}" in logs:
                         tf.summary.scalar(name, logs[f"val_{name}"])
-        if self.image_every and self._epochs % self.image_every == 0:
-            self._write_image()
-        for writer in self._writers.values():
-            writer.flush()  # a kill loses nothing
-
-    def on_train_end(self, logs: Any = None) -> None:
-        if self.image_every and self._imaged < self._epochs:
-            self._write_image()
-        for writer in self._writers.values():
-            writer.close()
-        self._writers.clear()
 
     def _writer(self, name: str) -> tf.summary.SummaryWriter:
         # Made with the first thing to write, so that no validation leaves no empty file.
