@@ -4,11 +4,11 @@ check:            ## what CI runs, in the environment at hand
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest -n auto
+	pytest
 
 format:
 	ruff format .
 	ruff check --fix .
 
 test:             ## the fast tests alone
-	pytest -n auto -m 'not slow'
+	pytest -m 'not slow'

@@ -57,6 +57,9 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+# On one worker, which makes the fixtures once.
+pytestmark = pytest.mark.xdist_group("export")
+
 for folder in sys.argv[1:]:
     signatures = tf.saved_model.load(folder + "/saved_model").signatures
     for path in Path(folder).glob("in_*.npz"):

@@ -11,6 +11,9 @@ import yaml
 from mdn.data.flights import CATEGORIES, WEATHER, Flights, read_flights
 from mdn.errors import DataError
 
+# On one worker, which makes the fixtures once.
+pytestmark = pytest.mark.xdist_group("flights")
+
 FLIGHTS = 336_776
 
 

@@ -11,6 +11,9 @@ import pytest
 
 import mdn
 
+# On one worker, which makes the fixtures once.
+pytestmark = pytest.mark.xdist_group("strategy")
+
 ROOT = Path(__file__).parent.parent
 OPTIONS = (
     "trainer.epochs=3",

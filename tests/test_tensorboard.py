@@ -17,6 +17,9 @@ from mdn.callbacks.tensorboard import TensorBoard
 from mdn.data.rows import Data, Rows
 from mdn.data.simulators import Sinusoid
 
+# On one worker, which makes the fixtures once.
+pytestmark = pytest.mark.xdist_group("tensorboard")
+
 ALWAYS = {"loss", "nll"}
 TRAIN = ALWAYS | {"learning_rate", "gradient_norm"}
 STATISTICS = {"components/effective", "components/weights", "components/scales"}
