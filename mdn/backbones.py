@@ -82,9 +82,19 @@ class Backbone(tf_keras.Model):
                 hidden = layer(hidden, training=training)
         return hidden
 
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self._dtype_policy.name}
+
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Backbone:
-        return cls(**config)
+        config = dict(config)
+        now = tf_keras.mixed_precision.global_policy()
+        # The layers of the chain take the policy that is in force when they are made.
+        tf_keras.mixed_precision.set_global_policy(config.pop("dtype", now))
+        try:
+            return cls(**config)
+        finally:
+            tf_keras.mixed_precision.set_global_policy(now)
 
 
 def _check_widths(key: str, widths: Sequence[int]) -> list[int]:
@@ -130,7 +140,7 @@ class MLP(Backbone):
                 self.chain.append(Dropout(dropout))
 
     def get_config(self) -> dict[str, Any]:
-        return {**self._config, "name": self.name}
+        return {**super().get_config(), **self._config}
 
 
 @register
@@ -204,7 +214,7 @@ class ResNet(Backbone):
         self.chain.append(layers.Activation(activation))
 
     def get_config(self) -> dict[str, Any]:
-        return {**self._config, "name": self.name}
+        return {**super().get_config(), **self._config}
 
 
 @register
@@ -218,9 +228,6 @@ class Constant(Backbone):
         hidden = tf.zeros(tf.concat([tf.shape(inputs)[:-1], [1]], axis=0), inputs.dtype)
         hidden.set_shape([*inputs.shape[:-1], 1])
         return hidden
-
-    def get_config(self) -> dict[str, Any]:
-        return {"name": self.name}
 
 
 @register
@@ -264,4 +271,4 @@ class LSTM(Backbone):
         return super().call(inputs, training=training, mask=mask)
 
     def get_config(self) -> dict[str, Any]:
-        return {**self._config, "name": self.name}
+        return {**super().get_config(), **self._config}

@@ -32,6 +32,7 @@ from pydantic import (
 from mdn.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Monitored = Literal["loss", "nll", "val_loss", "val_nll"]
 Names = str | list[str]  # one name stands for a list of one
 
 
@@ -134,13 +135,13 @@ class SGDOptions(OptimizerOptions):
 
 
 class EarlyStoppingOptions(Target):
-    monitor: str
+    monitor: Monitored
     patience: PositiveInt
     min_delta: NonNegativeFloat
 
 
 class PlateauOptions(Target):
-    monitor: str
+    monitor: Monitored
     factor: Annotated[float, Field(gt=0.0, lt=1.0)]
     patience: PositiveInt
     min_lr: NonNegativeFloat

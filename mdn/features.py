@@ -70,7 +70,7 @@ class Standardize(tf_keras.layers.Layer):
         """F', the number of columns that come out."""
         if self.features is None:
             raise ValueError("Standardize has no size yet: call adapt or build first")
-        return self.features + len(self.indicator)
+        return max(1, self.features + len(self.indicator))
 
     def adapt(self, x: np.ndarray) -> None:
         """Fit the statistics to train rows, [N, F] or [N, T, F], which pass `check_features`."""
@@ -98,6 +98,8 @@ class Standardize(tf_keras.layers.Layer):
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Map [.., F] to [.., F'] float32."""
         inputs = tf.cast(inputs, tf.float32)
+        if self.features == 0:  # a zero for every row: no layer takes a matrix without columns
+            return tf.zeros(tf.concat([tf.shape(inputs)[:-1], [1]], axis=0))
         scaled = (inputs - self.mean) * self.inverse_scale  # [.., F]
         if self.missing == "indicator":
             absent = tf.math.is_nan(inputs)
@@ -110,9 +112,9 @@ class Standardize(tf_keras.layers.Layer):
 
     def compute_mask(self, inputs: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor | None:
         """Return which steps of [B, T, F] are real, [B, T]; other ranks have no mask."""
-        if inputs.shape.rank != 3:
+        if inputs.shape.rank != 3 or inputs.shape[-1] == 0:
             return None
-        return ~tf.reduce_all(tf.math.is_nan(inputs), axis=-1)
+        return ~tf.reduce_all(tf.math.is_nan(tf.cast(inputs, tf.float32)), axis=-1)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tf.TensorShape:
         return tf.TensorShape([*input_shape[:-1], self.output_size])

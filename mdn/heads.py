@@ -19,7 +19,7 @@ import tf_keras
 from scipy.cluster.vq import kmeans2
 
 from mdn.data.checks import check_targets
-from mdn.data.resolution import resolution
+from mdn.data.resolution import float32_step, resolution
 from mdn.density import (
     GaussianMixture,
     MultivariateNormalDiag,
@@ -227,7 +227,7 @@ class Head(tfp.layers.DistributionLambda):
             )
         y = y.reshape([-1, self.event_size])
         loc, scale = np.nanmean(y, axis=0), np.nanstd(y, axis=0)
-        grid = np.array([resolution(column) for column in y.T])  # [D], zero where y is not tied
+        grid = np.array([max(resolution(c), float32_step(c)) for c in y.T])  # [D]
         self.y_loc.assign(loc)
         self.y_scale.assign(scale)
         self.floor.assign(np.maximum(self.min_scale, grid / math.sqrt(12.0) / scale))

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
+import tf_keras
 
 from mdn.errors import ConfigError, DataError
 
 Loss = Callable[[tf.Tensor, Any], tf.Tensor]
 
 
+@tf_keras.saving.register_keras_serializable(package="mdn")
 def nll(y: tf.Tensor, density: Any) -> tf.Tensor:
     """Return each example's negative log likelihood, -log p(y | x).
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import tensorflow as tf
 import tf_keras
 
@@ -88,13 +89,18 @@ class MDN(tf_keras.Model):
         Raises:
             DataError: rows that no density can be fitted to, see `mdn.data.checks`.
         """
+        x, y = _as_features(x), np.asarray(y)
         if self.encoder is None:
             self.encoder = Columns() if isinstance(x, dict) else Standardize(missing)
         self.missing = missing
         check_rows(x, y, missing)
         self.encoder.adapt(x)
+        rank = 2 if isinstance(x, dict) else x.ndim
+        if rank == 3 and y.ndim == 3:
+            real = self.encoder.compute_mask(tf.constant(x, tf_keras.backend.floatx())).numpy()
+            y = np.where(real[..., np.newaxis], y, np.nan)  # whatever stands in padded steps
         self.head.adapt(y, seed=seed)
-        self._build_network(2 if isinstance(x, dict) else np.ndim(x))
+        self._build_network(rank)
 
     def _build_network(self, rank: int) -> None:
         # One call on zeros makes every weight, also of a backbone that is not ours.
@@ -105,12 +111,15 @@ class MDN(tf_keras.Model):
         zeros = tf.zeros([1] * (rank - 1) + [size], tf_keras.backend.floatx())
         self(zeros)
 
-    def _check_event(self, y: np.ndarray) -> None:
+    def _as_batches(self, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return features and targets as Keras takes them: arrays of floats."""
+        dtype = tf_keras.backend.floatx()
         if np.shape(y)[-1:] != (self.head.event_size,):
             raise DataError(
                 f"y has shape {list(np.shape(y))} but the head has event_size="
                 f"{self.head.event_size}: give [N, {self.head.event_size}]"
             )
+        return np.asarray(self.encode(x), dtype), np.asarray(y, dtype)
 
     def _check_adapted(self) -> None:
         if self._feature_rank is None:
@@ -165,12 +174,14 @@ class MDN(tf_keras.Model):
             if sample_weight.shape.rank < score.shape.rank:
                 sample_weight = sample_weight[:, tf.newaxis]  # [B, 1], the same for every step
             score *= sample_weight
-        loss = tf.reduce_sum(tf.where(counted, score, tf.zeros_like(score))) / count
-        self._trackers.nll.update_state(loss, sample_weight=count)
-        if self.losses:
-            loss += tf.add_n([tf.cast(term, loss.dtype) for term in self.losses])
-        self._trackers.loss.update_state(loss, sample_weight=count)
-        return loss
+        total = tf.reduce_sum(tf.where(counted, score, tf.zeros_like(score)))
+        penalty = tf.add_n([tf.cast(term, total.dtype) for term in self.losses] or [0.0])
+        self._trackers.nll.update_state(total / count, sample_weight=count)
+        self._trackers.loss.update_state(total / count + penalty, sample_weight=count)
+        replicas = self.distribute_strategy.num_replicas_in_sync
+        if replicas > 1:  # their rows may count unequally
+            count = tf.distribute.get_replica_context().all_reduce("SUM", count) / replicas
+        return total / count + penalty
 
     def _counted(self, x: Any, y: tf.Tensor) -> tf.Tensor:
         """Return [B] or [B, T]: where there is something to learn from."""
@@ -223,18 +234,19 @@ class MDN(tf_keras.Model):
         """
         self._check_adapted()
         if y is not None:
+            x, y = _as_features(x), np.asarray(y)
             check_rows(x, y, self.missing)
-            self._check_event(y)
+            x, y = self._as_batches(x, y)
         if isinstance(kwargs.get("validation_data"), tuple):
-            held_x, *held = kwargs["validation_data"]
-            kwargs["validation_data"] = (self.encode(held_x), *held)
-        return super().fit(self.encode(x), y, *args, **kwargs)
+            held_x, held_y, *weight = kwargs["validation_data"]
+            kwargs["validation_data"] = (*self._as_batches(held_x, held_y), *weight)
+        return super().fit(x, y, *args, **kwargs)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Return the loss and the metrics, as `tf_keras.Model.evaluate` does."""
         if y is not None:
-            self._check_event(y)
-        return super().evaluate(self.encode(x), y, *args, **kwargs)
+            x, y = self._as_batches(x, y)
+        return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """Return the mean of the density at each row, [N, D] or [N, T, D]: never a random draw."""
@@ -256,6 +268,7 @@ class MDN(tf_keras.Model):
         Args:
             x: a mapping of columns, which becomes [N, C] float32; anything else is returned as is.
         """
+        x = _as_features(x)
         if isinstance(x, dict) and isinstance(self.encoder, Columns):
             return self.encoder.codes(as_tensors(x)).numpy()
         return x
@@ -338,8 +351,29 @@ class MDN(tf_keras.Model):
             partial.unlink(missing_ok=True)
 
 
-def load(path: str | os.PathLike[str]) -> MDN:
+def _as_features(x: Any) -> Any:
+    """Return lists and Series as arrays, a DataFrame as a mapping of columns, the rest as is."""
+    if isinstance(x, pd.DataFrame):
+        x = {str(name): x[name] for name in x}
+    if isinstance(x, dict):
+        return {name: _as_column(column) for name, column in x.items()}
+    return np.asarray(x) if isinstance(x, list | tuple | pd.Series) else x
+
+
+def _as_column(column: Any) -> Any:
+    if isinstance(column, pd.Series):
+        if pd.api.types.is_numeric_dtype(column):
+            return column.to_numpy(np.float64, na_value=np.nan)
+        return column.to_numpy(object)
+    return column if isinstance(column, tf.Tensor) else np.asarray(column)
+
+
+def load(path: str | os.PathLike[str], compile: bool = True) -> MDN:
     """Return the model of a `.keras` file; nothing in the file can run code.
+
+    Args:
+        path: the file.
+        compile: also restore the optimizer and the loss.
 
     Raises:
         RunError: there is no such file, or it is not a model that mdn saved.
@@ -348,7 +382,7 @@ def load(path: str | os.PathLike[str]) -> MDN:
     if not path.is_file():
         raise RunError(f"{path} does not exist: give a .keras file that mdn saved")
     try:
-        model = tf_keras.models.load_model(path, safe_mode=True)
+        model = tf_keras.models.load_model(path, compile=compile, safe_mode=True)
     except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise RunError(

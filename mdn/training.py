@@ -27,6 +27,7 @@ from mdn.data.rows import Data, Rows
 from mdn.errors import ConfigError, MDNError, RunError
 from mdn.evaluation import evaluate, print_table
 from mdn.export import export_saved_model
+from mdn.features import Columns
 from mdn.model import MDN, load
 from mdn.plots import save_plots
 from mdn.runs import RunDirectory, provenance
@@ -61,8 +62,10 @@ def train(config: DictConfig, overrides: list[str] | None = None) -> dict[str, f
     with strategy.scope():
         model = build_model(config, data)
         compile_model(model, config, len(data.train) // config.trainer.batch_size)
-    if not is_chief(strategy):
-        fit(model, config, data, directory, chief=False)
+    chief = is_chief(strategy)
+    callbacks, checkpoint = make_callbacks(config, data, directory, chief)
+    if not chief:
+        fit(model, config, data, directory, callbacks, checkpoint)
         with tempfile.TemporaryDirectory() as scratch:
             model.save(Path(scratch) / "model.keras")  # to save is a joint act of all workers
         return {}
@@ -70,7 +73,7 @@ def train(config: DictConfig, overrides: list[str] | None = None) -> dict[str, f
     with directory.logging():
         log.info("run directory: %s", directory.path)
         try:
-            progress = fit(model, config, data, directory)
+            progress = fit(model, config, data, directory, callbacks, checkpoint)
             metrics = finish(model, config, data, directory, progress)
         except OSError as error:
             raise RunError(
@@ -124,8 +127,7 @@ def build_model(config: DictConfig, data: Data) -> MDN:
     try:
         model = MDN(make(config, "model", event_size=event_size), make(config, "backbone"))
         if config.init_from is None:
-            model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
-            return model
+            return _adapt(model, config, data)
         return _load_start(config, data, model)
     finally:
         tf_keras.mixed_precision.set_global_policy("float32")
@@ -144,14 +146,29 @@ def _load_start(config: DictConfig, data: Data, fresh: MDN) -> MDN:
                 f"({', '.join(f'{k}: {was.get(k)}, not {now.get(k)}' for k in changed)}): "
                 "use the same model and backbone"
             )
+    sizes = [_encoder_input(m.encoder) for m in (model, _adapt(fresh, config, data))]
+    if sizes[0] != sizes[1]:
+        raise RunError(
+            f"init_from={config.init_from} takes the features {sizes[0]}, and these data have "
+            f"{sizes[1]}: use the same features"
+        )
     model.missing = data.missing
     return model
 
 
+def _adapt(model: MDN, config: DictConfig, data: Data) -> MDN:
+    model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
+    return model
+
+
+def _encoder_input(encoder: Any) -> list[str] | int:
+    """Return the names of the raw columns, or the number of features of a matrix."""
+    return encoder.names if isinstance(encoder, Columns) else encoder.features
+
+
 def _options(layer: tf_keras.layers.Layer) -> dict[str, Any]:
     config = {"class": type(layer).__name__, **layer.get_config()}
-    config.pop("name", None)
-    return config
+    return {key: value for key, value in config.items() if key not in ("name", "dtype")}
 
 
 def _import_home(target: str) -> None:
@@ -187,8 +204,51 @@ def compile_model(model: MDN, config: DictConfig, steps: int) -> None:
     )
 
 
+def make_callbacks(
+    config: DictConfig, data: Data, directory: RunDirectory, chief: bool = True
+) -> tuple[list[tf_keras.callbacks.Callback], Checkpoint]:
+    """Return the callbacks of the config, those set to null left out, and the checkpoints.
+
+    Args:
+        config: the config.
+        data: for the dashboard's pictures, and to name the row that leads to NaN.
+        directory: where the dashboard and the checkpoints go.
+        chief: whether this process writes.
+    """
+    nodes = {name: node for name, node in config.callbacks.items() if node is not None}
+    if config.trainer.schedule != "plateau":
+        nodes.pop("plateau", None)
+    if not chief:
+        nodes.pop("tensorboard", None)
+    options: dict[str, dict[str, Any]] = {
+        "tensorboard": {
+            "log_dir": str(directory / "tensorboard"),
+            "data": data,
+            "config_text": OmegaConf.to_yaml(config, resolve=True),
+        },
+    }
+    callbacks = [
+        make(config, f"callbacks.{name}", **options.get(str(name), {}))
+        for name in nodes
+        if name != "checkpoint"
+    ]
+    callbacks += [NanGuard(data.train, data.features, data.targets), EpochLog()]
+    folder = str(directory / "checkpoints")
+    if "checkpoint" in nodes:
+        checkpoint = make(config, "callbacks.checkpoint", directory=folder, write=chief)
+    else:
+        checkpoint = Checkpoint(folder, write=False)  # keeps count all the same
+    checkpoint.watch(callbacks)
+    return callbacks, checkpoint
+
+
 def fit(
-    model: MDN, config: DictConfig, data: Data, directory: RunDirectory, chief: bool = True
+    model: MDN,
+    config: DictConfig,
+    data: Data,
+    directory: RunDirectory,
+    callbacks: list[tf_keras.callbacks.Callback],
+    checkpoint: Checkpoint,
 ) -> Progress:
     """Train, from the newest checkpoint where there is one; the model ends with its best weights.
 
@@ -196,29 +256,6 @@ def fit(
         InterruptedRunError: Ctrl-C; the best weights so far are in `model.keras`.
     """
     trainer = config.trainer
-    nodes = dict(config.callbacks)
-    checkpoint: Checkpoint = make(
-        config, "callbacks.checkpoint", directory=str(directory / "checkpoints"), write=chief
-    )
-    if trainer.schedule != "plateau":
-        nodes.pop("plateau", None)
-    callbacks = []
-    for name in nodes:
-        if name == "tensorboard" and chief:
-            callbacks.append(
-                make(
-                    config,
-                    "callbacks.tensorboard",
-                    log_dir=str(directory / "tensorboard"),
-                    data=data,
-                    config_text=OmegaConf.to_yaml(config, resolve=True),
-                )
-            )
-        elif name not in ("tensorboard", "checkpoint"):
-            callbacks.append(make(config, f"callbacks.{name}"))
-    callbacks.append(NanGuard(data.train, data.features, data.targets))
-    callbacks.append(EpochLog())
-    checkpoint.watch(callbacks)
     first_epoch = checkpoint.restore(model)
     if checkpoint.progress.stopped:
         first_epoch = trainer.epochs  # nothing is left but to take the best weights
@@ -235,7 +272,7 @@ def fit(
             steps_per_epoch=len(data.train) // batch_size,
             validation_data=evaluation_batches(_arrays(model, data.validation), EVALUATION_BATCH),
             callbacks=[*callbacks, checkpoint],
-            verbose=verbose if chief else 0,
+            verbose=verbose,
         )
     except KeyboardInterrupt:
         done = checkpoint.progress.epoch

@@ -90,6 +90,47 @@ def test_log_prob_marginalises_missing_entries(k, d, dtype, tolerance):
         assert log_prob[0] == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("below", [[1.0, 1e-2], [5.0, 1e-3], [300.0, 1e-2]])
+def test_rows_do_not_depend_on_their_neighbours(below):
+    # a nearly singular factor, whose covariance float32 cannot decompose
+    scale = np.tile(np.array([[1.0, 0.0], below], np.float32), [3, 1, 1])
+    y = np.array([[0.3, 0.3 * below[0] + 0.01], [np.nan, 0.2], [0.1, np.nan]], np.float32)
+    density = MultivariateNormalTriL(np.zeros([3, 2], np.float32), scale)
+    together = density.log_prob(y).numpy()
+    alone = [density[i].log_prob(y[i]).numpy() for i in range(3)]
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    covariance = scale[0].astype(np.float64) @ scale[0].T
+    for i, d in [(1, 1), (2, 0)]:
+        margin = multivariate_normal(cov=covariance[d, d]).logpdf(y[i, d])
+        assert together[i] == pytest.approx(margin, rel=1e-5)
+
+
+def test_missing_entries_of_a_nearly_singular_density():
+    # three of four entries observed, at the precision of float64's answer to the same factors
+    rng = np.random.default_rng(0)
+    scale = random_tril(rng, [200], 4) * 3.0
+    scale[:, np.arange(4), np.arange(4)] *= 1e-2
+    y = np.einsum("nij,nj->ni", scale, rng.normal(size=[200, 4]))
+    y[np.arange(200), rng.integers(0, 4, size=200)] = np.nan
+    exact, rounded = (
+        MultivariateNormalTriL(np.zeros([200, 4], t), scale.astype(t))
+        .log_prob(y.astype(t))
+        .numpy()
+        for t in (np.float64, np.float32)
+    )
+    assert np.median(np.abs(rounded - exact)) < 1e-4
+    assert np.isfinite(rounded).all()
+
+
+def test_kl_of_one_component_is_that_of_the_normals():
+    rng = np.random.default_rng(9)
+    a, b = (random_mixture(rng, [3], 1, 2) for _ in range(2))
+    one, two = (MultivariateNormalTriL(m.loc[:, 0], m.scale_tril[:, 0]) for m in (a, b))
+    np.testing.assert_allclose(a.kl_divergence(b), one.kl_divergence(two))
+    with pytest.raises(NotImplementedError, match="K = 1"):
+        random_mixture(rng, [3], 2, 2).kl_divergence(b)
+
+
 def test_marginal_keeps_precision_where_scales_differ_a_millionfold():
     scale = np.array([[[1e-3, 0.0, 0.0], [5e-4, 1.0, 0.0], [300.0, 200.0, 1e3]]], np.float32)
     density = MultivariateNormalTriL(np.zeros([1, 3], np.float32), scale)

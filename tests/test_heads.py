@@ -193,6 +193,27 @@ def test_scales_keep_the_width_of_a_step_where_targets_are_tied(kind, step):
     assert width == pytest.approx(step / math.sqrt(12.0), rel=1e-5)
 
 
+def test_scales_keep_the_step_of_float32_at_a_large_offset():
+    y = 1e5 + np.random.default_rng(0).normal(size=[1_000, 1])
+    head = Diag(1)
+    head.adapt(y)
+    narrow = head.distribution(tf.fill([2], -50.0)).stddev().numpy()
+    assert narrow[0] == pytest.approx(np.spacing(np.float32(1e5)) / math.sqrt(12.0), rel=1e-2)
+    with pytest.raises(mdn.MDNError, match="float32 cannot resolve: subtract its offset"):
+        Diag(1).adapt(y + 1e7)
+
+
+def test_functional_model_with_the_loss_saves_and_loads(tmp_path):
+    inputs = tf_keras.Input([3])
+    model = tf_keras.Model(inputs, Mixture(2, 3)(tf_keras.layers.Dense(8)(inputs)))
+    model.compile("adam", loss=mdn.losses.nll)
+    model.fit(np.ones([8, 3]), np.ones([8, 2]), verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = tf_keras.models.load_model(tmp_path / "model.keras", safe_mode=True)
+    x = tf.ones([5, 3])
+    np.testing.assert_array_equal(again(x).loc, model(x).loc)
+
+
 def test_density_of_known_numbers():
     head = Diag(1, dtype="float64", min_scale=1e-9)
     raw = float(np.log(np.expm1(1.0)))  # softplus of it is one

@@ -1,6 +1,7 @@
 """MDN as a Keras model: training, weights, masks, missing targets, saving, wrong inputs."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import tensorflow as tf
 import tf_keras
@@ -76,8 +77,7 @@ def test_answers_for_many_rows():
     np.testing.assert_array_equal(model.predict(x, verbose=0), model.predict(x, verbose=0))
 
 
-@pytest.mark.parametrize("batch", [(4,), (2, 3)])
-def test_batch_and_event_shapes(batch):
+def test_batch_and_event_shapes():
     x, y = rows()
     density = make(x, y)(np.zeros([4, 3], np.float32))
     assert density.batch_shape == [4]
@@ -122,13 +122,15 @@ def test_padding_counts_nothing(return_sequences):
     padded = np.arange(6) >= short[:, None]
     x[padded] = np.nan
     y = y if return_sequences else y[:, 0]
-    model = make(x, y, backbone=LSTM([8], return_sequences=return_sequences))
+    # whatever stands in the targets of padded steps
+    garbage = np.where(padded[..., None], 1e3, y) if return_sequences else y
+    model = make(x, garbage, backbone=LSTM([8], return_sequences=return_sequences))
+    seen = y[~padded] if return_sequences else y
+    np.testing.assert_allclose(model.head.y_scale, seen.std(axis=0), rtol=1e-5)
 
     def scores(x, y):
         return model.evaluate(x, y, batch_size=32, verbose=0, return_dict=True)["loss"]
 
-    # whatever stands in the targets of padded steps
-    garbage = np.where(padded[..., None], 1e3, y) if return_sequences else y
     assert scores(x, garbage) == pytest.approx(scores(x, y), rel=1e-6)
     # nor does it matter how long the padding is
     longer = np.concatenate([x, np.full([32, 2, 3], np.nan, np.float32)], axis=1)
@@ -175,6 +177,38 @@ def test_bfloat16_backbone_keeps_a_float32_density():
     assert density.dtype == tf.float32
     assert model.backbone(tf.ones([1, 3])).dtype == tf.bfloat16
     assert mean_nll(model, x, y) < before - 0.5
+
+
+def test_bfloat16_backbone_survives_saving(tmp_path):
+    x, y = rows()
+    tf_keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        model = make(x, y)
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+    model.save(tmp_path / "model.keras")
+    again = mdn.load(tmp_path / "model.keras")
+    assert again.backbone(tf.ones([1, 3])).dtype == tf.bfloat16
+    np.testing.assert_array_equal(again.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+def test_whole_numbers_frames_and_lists_are_taken():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 9, size=[64, 3]), rng.integers(0, 9, size=[64, 2])
+    model = make(x, y)
+    model.fit(x, y, epochs=1, verbose=0, validation_data=(x, y))
+    assert np.isfinite(model.evaluate(x.tolist(), y.tolist(), verbose=0, return_dict=True)["loss"])
+    frame = pd.DataFrame({"a": x[:, 0], "b": np.where(x[:, 1] > 4, "high", "low")})
+    model = make(frame, pd.DataFrame(y))
+    model.fit(frame, pd.DataFrame(y), epochs=1, verbose=0)
+    assert model.predict(frame, verbose=0).shape == (64, 2)
+
+
+def test_features_may_be_none():
+    y = np.random.default_rng(0).normal(size=[64, 2])
+    model = make(np.zeros([64, 0]), y)
+    history = model.fit(np.zeros([64, 0]), y, epochs=2, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
 
 
 def test_metrics_see_the_mean():

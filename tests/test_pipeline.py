@@ -49,6 +49,15 @@ def test_resolution_of_tied_targets(step, dtype):
     assert resolution(y.astype(dtype)) == pytest.approx(step, rel=0.05)
 
 
+def test_a_few_values_off_the_grid_do_not_hide_it():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 50, size=1_000).astype(np.float64)
+    y[:10] += rng.uniform(size=10)
+    assert resolution(y) == 1.0
+    inflated = np.where(rng.random(1_000) < 0.3, 0.0, rng.lognormal(size=1_000))
+    assert resolution(inflated) == 0.0
+
+
 def test_resolution_of_continuous_targets_is_zero():
     y = np.random.default_rng(0).normal(size=1_000)
     assert resolution(y) == 0.0

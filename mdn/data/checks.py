@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
+from mdn.data.resolution import float32_step
 from mdn.data.rows import Features
 from mdn.errors import DataError
 
@@ -15,6 +16,8 @@ RowName = Callable[[int], str]
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 MISSING = ("error", "indicator")
+# A step of float32 at most this share of the standard deviation distorts no density to speak of.
+COARSEST_STEP = 0.02
 
 
 def check_rows(
@@ -79,6 +82,11 @@ def check_targets(
         present = column[~np.isnan(column)]
         if not present.size:
             raise DataError(f"{label} is missing in every row: leave it out of the targets")
+        if float32_step(present) > COARSEST_STEP * present.std() > 0.0:
+            raise DataError(
+                f"{label} varies by {present.std():.3g} around {present.mean():.9g}, which "
+                "float32 cannot resolve: subtract its offset"
+            )
         low, high = present.min(), present.max()
         if np.float32(low) == np.float32(high):  # targets are float32 from here on
             raise DataError(

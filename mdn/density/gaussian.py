@@ -110,22 +110,24 @@ def _marginal_log_prob(
 ) -> tf.Tensor:
     """Return the log density of the observed entries, without a loop over patterns.
 
-    A missing entry becomes an independent standard normal observed at zero: its row of the
-    factor is cleared and a one added to its variance. Then the quadratic form and the
-    determinant are those of the observed block, and only the constant counts the observed.
-    Rows are scaled to unit variance before the Cholesky decomposition, so that targets of very
-    different scales do not cost precision.
+    The observed rows of the factor are made orthogonal one after the other (modified
+    Gram-Schmidt); their lengths are then the diagonal of the factor of the observed block, and the
+    residuals are whitened on the way. The covariance itself, whose condition number is the square
+    of the factor's, is never formed. A missing row has length one, and no part in the rest.
     """
-    scale_tril = tf.linalg.band_part(scale_tril, -1, 0)
-    observed = tf.cast(tf.logical_not(missing), residual.dtype)  # [.., D]
-    stddev = tf.sqrt(tf.reduce_sum(tf.square(scale_tril), axis=-1))  # [.., D]
-    rows = observed[..., tf.newaxis] * scale_tril / stddev[..., tf.newaxis]  # [.., D, D]
-    correlation = tf.linalg.matmul(rows, rows, transpose_b=True)
-    eye = tf.eye(scale_tril.shape[-1], dtype=residual.dtype)
-    correlation = correlation * (1.0 - eye) + eye
-    log_prob, _ = _full_log_prob(observed * residual / stddev, tf.linalg.cholesky(correlation))
-    return (
-        log_prob
-        + 0.5 * LOG_2_PI * tf.reduce_sum(1.0 - observed, axis=-1)
-        - tf.reduce_sum(observed * tf.math.log(stddev), axis=-1)
-    )
+    missing = tf.stop_gradient(missing)
+    rows = tf.where(missing[..., tf.newaxis], tf.zeros_like(scale_tril), scale_tril)
+    rows = tf.linalg.band_part(rows, -1, 0)  # [.., D, D]
+    terms = []
+    for i in range(scale_tril.shape[-1]):
+        absent = missing[..., i]  # [..]
+        one = tf.ones_like(rows[..., 0, 0])
+        length = tf.sqrt(tf.where(absent, one, tf.reduce_sum(tf.square(rows[..., 0, :]), axis=-1)))
+        direction = rows[..., 0, :] / length[..., tf.newaxis]  # [.., D]
+        z = residual[..., 0] / length
+        term = -0.5 * (tf.square(z) + LOG_2_PI) - tf.math.log(length)
+        terms.append(tf.where(absent, tf.zeros_like(term), term))
+        share = tf.linalg.matvec(rows[..., 1:, :], direction)  # [.., D - i - 1]
+        rows = rows[..., 1:, :] - share[..., tf.newaxis] * direction[..., tf.newaxis, :]
+        residual = residual[..., 1:] - share * z[..., tf.newaxis]
+    return tf.add_n(terms)

@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
+from tensorflow_probability.python.distributions import kullback_leibler
 from tensorflow_probability.python.internal import dtype_util, parameter_properties
 
 from mdn.density.normal import MultivariateNormalDiag, MultivariateNormalTriL
@@ -90,6 +91,17 @@ class GaussianMixture(Queries, tfd.MixtureSameFamily):
 
     def mixture_parameters(self) -> MixtureParameters:
         return MixtureParameters(self.logits, self.loc, self.scale_tril)
+
+
+@kullback_leibler.RegisterKL(GaussianMixture, GaussianMixture)
+def _kl_one_component(
+    a: GaussianMixture, b: GaussianMixture, name: str | None = None
+) -> tf.Tensor:
+    """Return KL(a || b), [..], of mixtures with one component each; others have no closed form."""
+    if a.logits.shape[-1] != 1 or b.logits.shape[-1] != 1:
+        raise NotImplementedError("KL of mixtures has no closed form unless K = 1")
+    one = a.components_distribution.kl_divergence(b.components_distribution, name=name)
+    return one[..., 0]
 
 
 class DiagGaussianMixture(GaussianMixture):
