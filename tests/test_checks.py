@@ -29,7 +29,10 @@ TEXT = np.array(["a", None, "b"], object)
         (np.array([[1.0], [1e39]]), "target 'p' is 1e.39 in row 1, which float32 cannot hold"),
         (np.array([[NAN], [NAN]]), "target 'p' is missing in every row"),
         (np.array([[2.0], [2.0], [NAN]]), r"target 'p' is constant \(2\)"),
-        (1e9 + np.arange(3.0)[:, None], r"around 1e\+09, which float32 cannot resolve: subtract its offset"),
+        (
+            1e9 + np.arange(3.0)[:, None],
+            r"around 1e\+09, which float32 cannot resolve: subtract its offset",
+        ),
         (np.array([[[1.0], [2.0]], [[3.0], [-np.inf]]]), "-inf in row 1, step 1"),
     ],
 )

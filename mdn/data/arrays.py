@@ -128,6 +128,8 @@ class Npz:
         for part, index in (("train", train), ("test", test)):
             if index.dtype.kind not in "iu" or not ((index >= 0) & (index < n)).all():
                 raise DataError(f"array {part}_{self.fold:02d} holds no row numbers of {n} rows")
+        if np.intersect1d(train, test).size:
+            raise DataError(f"data.fold={self.fold} tests on train rows: make its arrays disjoint")
         count = round(self.validation * len(train))
         if not 0 < count < len(train):
             raise DataError(
