@@ -227,7 +227,7 @@ class TrainerOptions(Section):
 
 class TopOptions(Section):
     loss: Literal["nll"]
-    seed: NonNegativeInt
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     output_dir: str | None
     overwrite: bool
     init_from: str | None

@@ -98,6 +98,11 @@ class Standardize(tf_keras.layers.Layer):
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Map [.., F] to [.., F'] float32."""
         inputs = tf.cast(inputs, tf.float32)
+        if inputs.shape[-1] not in (self.features, None):
+            raise DataError(
+                f"x has {inputs.shape[-1]} features but the model has {self.features}: "
+                f"give [.., {self.features}]"
+            )
         if self.features == 0:  # a zero for every row: no layer takes a matrix without columns
             return tf.zeros(tf.concat([tf.shape(inputs)[:-1], [1]], axis=0))
         scaled = (inputs - self.mean) * self.inverse_scale  # [.., F]

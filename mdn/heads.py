@@ -406,7 +406,9 @@ def _cluster(y: np.ndarray, components: int, rng: np.random.Generator) -> Start:
     if len(sample) < components:
         sample = np.tile(sample, (components, 1))
         sample = sample + rng.normal(scale=_NARROWEST_START, size=sample.shape)
-    loc, label = kmeans2(sample, components, iter=20, minit="++", rng=rng, missing="warn")
+    # k-means++ takes K^2 N steps; among many components random rows are as far apart.
+    minit = "++" if components <= 64 else "points"
+    loc, label = kmeans2(sample, components, iter=20, minit=minit, rng=rng, missing="warn")
     weights, scale_tril = np.zeros(components), np.zeros([components, d, d])
     for k in range(components):
         members = sample[label == k]

@@ -31,19 +31,13 @@ def nll(y: tf.Tensor, density: Any) -> tf.Tensor:
     Source:
         Bishop (1994), Mixture Density Networks, NCRG/94/004.
     """
-    check_event(y, density)
-    return -density.log_prob(tf.cast(y, density.dtype))
-
-
-def check_event(y: tf.Tensor, density: Any) -> None:
-    """Raise a DataError unless y is [.., D] for a density with batch [..] and event [D]."""
-    batch, d = density.batch_shape, density.event_shape[-1]
-    if y.shape.rank != batch.rank + 1 or y.shape[-1] != d:
-        shape = [*["B", "T"][: batch.rank], d]
+    batch = density.batch_shape.rank
+    if None not in (batch, y.shape.rank) and y.shape.rank != batch + 1:
         raise DataError(
-            f"y has shape {list(y.shape)} but the head needs [{', '.join(map(str, shape))}]: "
-            "reshape a single target to [N, 1], or set event_size to the number of targets"
+            f"y has shape {y.shape} for densities of batch {density.batch_shape}: "
+            "reshape a single target to [N, 1]"
         )
+    return -density.log_prob(tf.cast(y, density.dtype))
 
 
 LOSSES: dict[str, Loss] = {"nll": nll}

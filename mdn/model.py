@@ -18,7 +18,7 @@ import tensorflow as tf
 import tf_keras
 
 from mdn import backbones, losses
-from mdn.data.checks import check_rows
+from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Features
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError, DataError, RunError
@@ -90,6 +90,8 @@ class MDN(tf_keras.Model):
             DataError: rows that no density can be fitted to, see `mdn.data.checks`.
         """
         x, y = _as_features(x), np.asarray(y)
+        if missing == "indicator" and getattr(self.encoder, "missing", missing) == "error":
+            raise DataError("the model was made for missing='error': make a new one to adapt")
         if self.encoder is None:
             self.encoder = Columns() if isinstance(x, dict) else Standardize(missing)
         self.missing = missing
@@ -236,6 +238,8 @@ class MDN(tf_keras.Model):
         if y is not None:
             x, y = _as_features(x), np.asarray(y)
             check_rows(x, y, self.missing)
+            if kwargs.get("sample_weight") is not None:
+                check_weight(kwargs["sample_weight"], "sample_weight")
             x, y = self._as_batches(x, y)
         if isinstance(kwargs.get("validation_data"), tuple):
             held_x, held_y, *weight = kwargs["validation_data"]
@@ -244,7 +248,8 @@ class MDN(tf_keras.Model):
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Return the loss and the metrics, as `tf_keras.Model.evaluate` does."""
-        if y is not None:
+        # With the private argument it is `fit` that asks, on what it was given.
+        if y is not None and not kwargs.get("_use_cached_eval_dataset"):
             x, y = self._as_batches(x, y)
         return super().evaluate(x, y, *args, **kwargs)
 
@@ -268,14 +273,25 @@ class MDN(tf_keras.Model):
         Args:
             x: a mapping of columns, which becomes [N, C] float32; anything else is returned as is.
         """
+        self._check_adapted()
         x = _as_features(x)
-        if isinstance(x, dict) and isinstance(self.encoder, Columns):
-            return self.encoder.codes(as_tensors(x)).numpy()
+        if isinstance(self.encoder, Columns):
+            if isinstance(x, dict):
+                return self.encoder.codes(as_tensors(x)).numpy()
+            if isinstance(x, np.ndarray):
+                raise DataError(f"x is a matrix: give the columns {', '.join(self.encoder.names)}")
+        elif isinstance(x, np.ndarray) and x.shape[-1:] != (self.encoder.features,):
+            raise DataError(
+                f"x has shape {list(x.shape)} but the model has {self.encoder.features} features: "
+                f"give [N, {self.encoder.features}]"
+            )
         return x
 
     def densities(self, x: Features, batch_size: int = 4096) -> Iterator[tuple[slice, Queries]]:
         """Yield (rows, density of those rows), in order, a batch at a time."""
         self._check_adapted()
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}: must be at least 1")
         if self._density is None:  # one per model: a class's own would retrace for each model
             self._density = tf.function(
                 lambda x: self(x, training=False), reduce_retracing=True, autograph=False

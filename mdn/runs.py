@@ -61,6 +61,12 @@ class RunDirectory:
 
     def _check(self) -> bool:
         """Return whether an unfinished run with this config is there, to be resumed."""
+        start = self.config.init_from
+        if start is not None and Path(start).resolve() == self.path.resolve():
+            raise RunError(
+                f"init_from={start} is the output_dir itself, which would be replaced: "
+                "name another"
+            )
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"output_dir={self.path} is a file: name a directory")
         parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())

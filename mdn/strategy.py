@@ -70,7 +70,8 @@ def multi_worker(timeout: int = 300) -> tf.distribute.MultiWorkerMirroredStrateg
     try:
         config = json.loads(os.environ["TF_CONFIG"])
         workers, index = config["cluster"]["worker"], int(config["task"]["index"])
-        workers[index]
+        if not 0 <= index < len(workers):
+            raise IndexError(f"index {index} of {len(workers)} workers")
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RunError(
             f"strategy=multi_worker cannot use TF_CONFIG ({error!r}): set it to "

@@ -75,6 +75,11 @@ def train(config: DictConfig, overrides: list[str] | None = None) -> dict[str, f
         try:
             progress = fit(model, config, data, directory, callbacks, checkpoint)
             metrics = finish(model, config, data, directory, progress)
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                f"interrupted after the training, which is kept in {directory.path}: the same "
+                f"command with output_dir={directory.path} goes on"
+            ) from None
         except OSError as error:
             raise RunError(
                 f"cannot write {error.filename or directory.path}: {error.strerror}"
@@ -151,6 +156,11 @@ def _load_start(config: DictConfig, data: Data, fresh: MDN) -> MDN:
         raise RunError(
             f"init_from={config.init_from} takes the features {sizes[0]}, and these data have "
             f"{sizes[1]}: use the same features"
+        )
+    if data.missing == "indicator" and getattr(model.encoder, "missing", "indicator") == "error":
+        raise RunError(
+            f"init_from={config.init_from} was trained without missing features: "
+            "use data.missing=error"
         )
     model.missing = data.missing
     return model
@@ -235,7 +245,13 @@ def make_callbacks(
     callbacks += [NanGuard(data.train, data.features, data.targets), EpochLog()]
     folder = str(directory / "checkpoints")
     if "checkpoint" in nodes:
-        checkpoint = make(config, "callbacks.checkpoint", directory=folder, write=chief)
+        checkpoint = make(
+            config,
+            "callbacks.checkpoint",
+            directory=folder,
+            write=chief,
+            data=data.fingerprint(),
+        )
     else:
         checkpoint = Checkpoint(folder, write=False)  # keeps count all the same
     checkpoint.watch(callbacks)

@@ -133,5 +133,5 @@ def test_config_lists_the_defaults():
 def test_fold_that_tests_on_train_rows_is_refused(tmp_path):
     rows = {"train_00": np.arange(60), "test_00": np.arange(50, 80)}
     np.savez(tmp_path / "rows.npz", x=np.random.rand(80, 2), y=np.random.rand(80), **rows)
-    with pytest.raises(DataError, match="data.fold=0 tests on train rows"):
+    with pytest.raises(DataError, match=r"data\.fold=0 tests on train rows"):
         Npz(str(tmp_path / "rows.npz"), fold=0).load()

@@ -170,3 +170,30 @@ def test_nan_guard_names_the_row():
     after = [w for w in model.get_weights() if w.dtype == np.float32]
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_other_rows_are_never_resumed(tmp_path):
+    train(make(), tmp_path, epochs=1, checkpoint=Checkpoint(tmp_path, data="one"))
+    with pytest.raises(mdn.MDNError, match=r"the data have changed since.*overwrite=true"):
+        Checkpoint(tmp_path, data="two").restore(make())
+
+
+def test_no_flipped_byte_of_a_checkpoint_goes_unnoticed_or_unnamed(uninterrupted, tmp_path):
+    _, _, directory = uninterrupted
+    content = (directory / "epoch-00006.npz").read_bytes()
+    model, path = make(), tmp_path / "epoch-00001.npz"
+    whole = Checkpoint(directory)
+    whole.restore(model)
+    expected = model.get_weights()
+    # the archive's own directory stands at the end
+    places = np.random.default_rng(0).integers(len(content) - 3_000, len(content), size=60)
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        path.write_bytes(bytes(damaged))
+        try:
+            Checkpoint(tmp_path).restore(model)
+        except mdn.MDNError as error:
+            assert "can be read" in str(error)  # noqa: PT017
+        for a, b in zip(model.get_weights(), expected, strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -16,7 +16,7 @@ FILES = sorted(path for path in config_dir().glob("*/*.yaml"))
 # What the caller adds when it makes these, and so no option in a YAML file.
 GIVEN_LATER = {
     "mdn.callbacks.tensorboard.TensorBoard": {"log_dir", "data", "config_text", "rows"},
-    "mdn.callbacks.checkpoint.Checkpoint": {"directory", "write"},
+    "mdn.callbacks.checkpoint.Checkpoint": {"directory", "write", "data"},
 }
 
 

@@ -288,3 +288,11 @@ def test_unknown_positivity_is_named():
 
     with pytest.raises(mdn.MDNError, match="positivity='relu' is unknown: choose one of softplus"):
         check_positivity("relu")
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_targets_of_another_width_never_broadcast(i):
+    density = all_densities(np.random.default_rng(6), [5], 3, 2)[i]
+    for y in (np.zeros([5, 1]), np.zeros([5]), np.zeros([5, 3])):
+        with pytest.raises(mdn.MDNError, match="but the density has 2 targets"):
+            density.log_prob(y)

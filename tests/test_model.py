@@ -284,3 +284,24 @@ def test_a_stray_batch_of_targets_never_broadcasts():
     dataset = tf.data.Dataset.from_tensor_slices((x, y[:, 0])).batch(32)
     with pytest.raises(ValueError, match="reshape a single target"):
         model.fit(dataset, verbose=0)
+
+
+def test_features_of_another_width_never_broadcast():
+    x, y = rows()
+    model = make(x, y)
+    for answer in (model.predict, model.predict_distribution):
+        with pytest.raises(mdn.MDNError, match="the model has 3 features"):
+            answer(x[:, :1])
+    with pytest.raises(mdn.MDNError, match="the model has 3"):
+        model(x[:, :1])
+    columns = make({"a": x[:, 0]}, y)
+    with pytest.raises(mdn.MDNError, match="x is a matrix: give the columns a"):
+        columns.predict(x[:, :1])
+
+
+def test_bad_row_weights_are_named():
+    x, y = rows()
+    model = make(x, y)
+    for weight in (np.full(256, np.nan), np.full(256, -1.0), np.ones([256, 2])):
+        with pytest.raises(mdn.MDNError, match="sample_weight"):
+            model.fit(x, y, sample_weight=weight)

@@ -82,3 +82,8 @@ def test_provenance_says_what_it_takes_to_run_again():
 
 def test_contents_name_no_path_outside():
     assert all("/" not in name and name not in ("", ".", "..") for name in CONTENTS)
+
+
+def test_a_run_is_never_started_from_the_directory_it_replaces(tmp_path):
+    with pytest.raises(mdn.MDNError, match="is the output_dir itself"):
+        RunDirectory(config(tmp_path, f"init_from={tmp_path}", "overwrite=true"))

@@ -22,9 +22,22 @@ import numpy as np
 import tf_keras
 
 from mdn.callbacks.stopping import EarlyStopping, Stateful
-from mdn.errors import RunError
+from mdn.errors import MDNError, RunError
 
 log = logging.getLogger(__name__)
+
+# What reading a truncated or bit-flipped archive raises; a flipped flag asks for an unknown
+# compression or a password.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    RuntimeError,  # NotImplementedError too
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclasses.dataclass
@@ -37,6 +50,7 @@ class Progress:
         seconds: spent in `fit` so far.
         history: metric name -> its value after each epoch.
         callbacks: class name -> the state of that callback.
+        data: fingerprint of the rows that the run learns from.
     """
 
     epoch: int = 0
@@ -44,6 +58,7 @@ class Progress:
     seconds: float = 0.0
     history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     callbacks: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    data: str = ""
 
 
 class Checkpoint(tf_keras.callbacks.Callback):
@@ -56,15 +71,23 @@ class Checkpoint(tf_keras.callbacks.Callback):
         directory: where the checkpoints are.
         keep: how many of the newest ones to keep.
         write: whether to save; only one of several workers does.
+        data: fingerprint of the rows, which must be the same in a resumed run.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 2, write: bool = True):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep: int = 2,
+        write: bool = True,
+        data: str = "",
+    ) -> None:
         super().__init__()
         self.directory = Path(directory)
         self.keep = keep
         self.write = write
         self.others: list[tf_keras.callbacks.Callback] = []  # set by `watch`
-        self.progress = Progress()
+        self.data = data
+        self.progress = Progress(data=data)
         self._best_weights: list[np.ndarray] | None = None
         self._epoch_started = 0.0
 
@@ -131,7 +154,7 @@ class Checkpoint(tf_keras.callbacks.Callback):
             The number of epochs it had completed; 0 where there is no checkpoint.
 
         Raises:
-            RunError: there are checkpoints, and none can be read.
+            RunError: there are checkpoints, and none can be read, or they are of other rows.
         """
         with model.distribute_strategy.scope():
             model.optimizer.build(model.trainable_variables)
@@ -139,7 +162,9 @@ class Checkpoint(tf_keras.callbacks.Callback):
         for path in paths:
             try:
                 self._load(path, model)
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            except MDNError:
+                raise
+            except _DAMAGE as e:
                 log.warning("checkpoint %s is damaged (%s): trying the one before", path, e)
                 continue
             log.info("going on from %s", path)
@@ -155,6 +180,11 @@ class Checkpoint(tf_keras.callbacks.Callback):
             # Read to the end before anything is assigned: a damaged file must change nothing.
             arrays = {name: archive[name] for name in archive.files}
         progress = Progress(**json.loads(str(arrays.pop("progress"))))
+        if progress.data != self.data:
+            raise RunError(
+                f"{self.directory} was learned from other rows: the data have changed since; "
+                "restore them, or set overwrite=true to start anew"
+            )
         groups: dict[str, dict[int, np.ndarray]] = {"model": {}, "optimizer": {}, "best": {}}
         for name, array in arrays.items():
             group, index = name.split("/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -85,7 +86,7 @@ class Npz:
         """Read the arrays that the options name."""
         if not self.path:
             raise DataError("data.path is not set: give an .npz file, e.g. data.path=rows.npz")
-        path = Path(self.path).expanduser()
+        path = Path(os.path.expanduser(self.path))
         if not path.exists():
             raise DataError(f"data.path={self.path} matches no file: check the path")
         if path.is_file() and not path.stat().st_size:
@@ -128,6 +129,8 @@ class Npz:
         for part, index in (("train", train), ("test", test)):
             if index.dtype.kind not in "iu" or not ((index >= 0) & (index < n)).all():
                 raise DataError(f"array {part}_{self.fold:02d} holds no row numbers of {n} rows")
+            if len(np.unique(index)) < len(index):
+                raise DataError(f"array {part}_{self.fold:02d} repeats rows: name each row once")
         if np.intersect1d(train, test).size:
             raise DataError(f"data.fold={self.fold} tests on train rows: make its arrays disjoint")
         count = round(self.validation * len(train))

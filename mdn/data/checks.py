@@ -127,6 +127,13 @@ def check_features(
     for i in range(x.shape[-1]):
         label = f"feature {names[i]!r}" if names else f"feature {i}"
         _check_feature(x[..., i], label, missing, row, padding)
+        present = x[..., i][~np.isnan(x[..., i])]
+        # A mapping of columns is centred in float64 and has no such limit.
+        if present.size and float32_step(present) > COARSEST_STEP * present.std() > 0.0:
+            raise DataError(
+                f"{label} varies by {present.std():.3g} around {present.mean():.9g}, which "
+                "float32 cannot resolve: subtract its offset"
+            )
 
 
 def check_weight(weight: np.ndarray, label: str, row: RowName = "row {}".format) -> None:

@@ -104,9 +104,10 @@ def split_data(
     except DataError as error:
         raise DataError(f"in the train rows, {error}") from None
     if train.weight is not None:
+        for name, part in zip(_NAMES, (train, validation, test), strict=True):
+            if part.weight is not None and not part.weight.any():
+                raise DataError(f"data.weight is zero in every {name} row: change data.split")
         mean = train.weight.mean()
-        if mean == 0:
-            raise DataError("data.weight is zero in every train row: change data.split")
         train, validation, test = (
             Rows(part.x, part.y, part.weight / mean) for part in (train, validation, test)
         )

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import difflib
 import glob
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -278,7 +279,7 @@ def _find_files(path: str | None, suffixes: tuple[str, ...]) -> list[Path]:
             "data.path is not set: give a file, a folder or a glob, "
             f"e.g. data.path=rows{suffixes[0]}"
         )
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if place.is_dir():
         files = [f for f in sorted(place.iterdir()) if f.name.endswith(suffixes)]
         if not files:
@@ -315,7 +316,10 @@ def _to_number(column: pd.Series, label: str, row: RowName) -> np.ndarray:
         raise DataError(f"{label} holds dates or durations, not numbers: convert it to numbers")
     if isinstance(column.dtype, pd.CategoricalDtype):
         column = column.astype(object)
-    numbers = pd.to_numeric(column, errors="coerce")
+    try:
+        numbers = pd.to_numeric(column, errors="coerce").astype("float64")
+    except OverflowError as error:
+        raise DataError(f"{label} holds an integer beyond float64: mend that cell") from error
     odd = (numbers.isna() & column.notna()).to_numpy()
     if odd.any():
         i = int(odd.argmax())

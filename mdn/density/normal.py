@@ -6,7 +6,7 @@ import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
 from mdn.density.gaussian import diag_log_prob, tril_log_prob
-from mdn.density.queries import MixtureParameters, Queries
+from mdn.density.queries import MixtureParameters, Queries, check_event
 
 
 class MultivariateNormalDiag(Queries, tfd.MultivariateNormalDiag):
@@ -18,6 +18,7 @@ class MultivariateNormalDiag(Queries, tfd.MultivariateNormalDiag):
     """
 
     def _log_prob(self, y: tf.Tensor) -> tf.Tensor:
+        check_event(y, self.loc.shape[-1])
         return diag_log_prob(y, self.loc, self.scale_diag)
 
     @property
@@ -38,6 +39,7 @@ class MultivariateNormalTriL(Queries, tfd.MultivariateNormalTriL):
     """
 
     def _log_prob(self, y: tf.Tensor) -> tf.Tensor:
+        check_event(y, self.loc.shape[-1])
         return tril_log_prob(y, self.loc, self.scale_tril)
 
     def mixture_parameters(self) -> MixtureParameters:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from mdn.errors import DataError
+
 
 class MixtureParameters(NamedTuple):
     """A density seen as a Gaussian mixture; a normal is a mixture with K = 1.
@@ -23,6 +25,15 @@ class MixtureParameters(NamedTuple):
     logits: tf.Tensor
     loc: tf.Tensor
     scale_tril: tf.Tensor
+
+
+def check_event(y: tf.Tensor, event_size: int) -> None:
+    """Raise a DataError unless the last axis of y is D; anything else would broadcast."""
+    if y.shape.rank == 0 or (y.shape.rank is not None and y.shape[-1] not in (event_size, None)):
+        raise DataError(
+            f"y has shape {y.shape} but the density has {event_size} targets: give "
+            f"[.., {event_size}]; a single target is [N, 1]"
+        )
 
 
 class Queries:
