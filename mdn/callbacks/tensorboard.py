@@ -65,7 +65,6 @@ class TensorBoard(tf_keras.callbacks.Callback):
             self.sample = held.take(thin(len(held), rows))
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
         self._epochs = self._imaged = 0  # the last step, and the last one with a picture
-        self._layout: list[Any] = []
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._epochs = self._imaged = 0
@@ -156,13 +155,7 @@ class TensorBoard(tf_keras.callbacks.Callback):
             return
         figure = density_figure(self.model, self.data, self.sample, size=(6.4, 4.0))
         canvas = FigureCanvasAgg(figure)
-        # Arranged once: that is half the time, and the picture does not jump between epochs.
-        if len(self._layout) == len(figure.axes):
-            figure.set_layout_engine("none")
-            for axes, place in zip(figure.axes, self._layout, strict=True):
-                axes.set_position(place)
         canvas.draw()
-        self._layout = [axes.get_position() for axes in figure.axes]
         pixels = np.asarray(canvas.buffer_rgba())[np.newaxis, ..., :3]
         with self._writer("train").as_default(step=self._epochs):
             tf.summary.image("density", pixels)

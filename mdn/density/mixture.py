@@ -40,17 +40,21 @@ class GaussianMixture(Queries, tfd.MixtureSameFamily):
         allow_nan_stats: bool = True,
         name: str = "GaussianMixture",
     ) -> None:
-        parameters = dict(locals())
-        with tf.name_scope(name) as name:
-            dtype = dtype_util.common_dtype([logits, loc, scale_tril], tf.float32)
-            logits, loc, scale_tril = (
-                tf.convert_to_tensor(value, dtype) for value in (logits, loc, scale_tril)
-            )
-            super().__init__(
+        self._assemble(dict(locals()), MultivariateNormalTriL, scale_tril)
+
+    def _assemble(self, parameters: dict[str, Any], kind: type, scale: Any) -> None:
+        """Make the TFP mixture whose components are `kind(loc, scale)`."""
+        with tf.name_scope(parameters["name"]) as name:
+            values = (parameters["logits"], parameters["loc"], scale)
+            dtype = dtype_util.common_dtype(values, tf.float32)
+            logits, loc, scale = (tf.convert_to_tensor(value, dtype) for value in values)
+            check = parameters["validate_args"]
+            tfd.MixtureSameFamily.__init__(
+                self,
                 tfd.Categorical(logits=logits),
-                MultivariateNormalTriL(loc, scale_tril, validate_args=validate_args),
-                validate_args=validate_args,
-                allow_nan_stats=allow_nan_stats,
+                kind(loc, scale, validate_args=check),
+                validate_args=check,
+                allow_nan_stats=parameters["allow_nan_stats"],
                 name=name,
             )
             self._parameters = self._no_dependency(parameters)
@@ -125,20 +129,7 @@ class DiagGaussianMixture(GaussianMixture):
         allow_nan_stats: bool = True,
         name: str = "DiagGaussianMixture",
     ) -> None:
-        parameters = dict(locals())
-        with tf.name_scope(name) as name:
-            dtype = dtype_util.common_dtype([logits, loc, scale_diag], tf.float32)
-            logits, loc, scale_diag = (
-                tf.convert_to_tensor(value, dtype) for value in (logits, loc, scale_diag)
-            )
-            super(GaussianMixture, self).__init__(
-                tfd.Categorical(logits=logits),
-                MultivariateNormalDiag(loc, scale_diag, validate_args=validate_args),
-                validate_args=validate_args,
-                allow_nan_stats=allow_nan_stats,
-                name=name,
-            )
-            self._parameters = self._no_dependency(parameters)
+        self._assemble(dict(locals()), MultivariateNormalDiag, scale_diag)
 
     @classmethod
     def _parameter_properties(cls, dtype: Any, num_classes: Any = None) -> dict[str, Any]:
