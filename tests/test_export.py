@@ -21,6 +21,9 @@ from mdn.errors import ConfigError, RunError
 from mdn.export import export_saved_model
 from mdn.export.saved_model import draw, input_names
 
+# On one worker, which makes the fixtures once.
+pytestmark = pytest.mark.xdist_group("export")
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(5, 3, [64, 3])
 Y = RNG.normal(1, 2, [64, 3]) * [1, 10, 0.1] + X[:, :1]
@@ -56,9 +59,6 @@ import sys
 from pathlib import Path
 import numpy as np
 import tensorflow as tf
-
-# On one worker, which makes the fixtures once.
-pytestmark = pytest.mark.xdist_group("export")
 
 for folder in sys.argv[1:]:
     signatures = tf.saved_model.load(folder + "/saved_model").signatures

@@ -113,7 +113,7 @@ def test_init_from_starts_at_the_weights_of_a_run(finished, tmp_path):
     with pytest.raises(mdn.MDNError, match=r"another head \(components: 3, not 5\)"):
         run(tmp_path / "k", f"init_from={directory}", "k=5")
     with pytest.raises(mdn.MDNError, match="does not exist"):
-        run(tmp_path / "none", f"init_from={tmp_path}/none")
+        run(tmp_path / "new", f"init_from={tmp_path}/none")
     np.savez(tmp_path / "wide.npz", x=np.random.rand(200, 3), y=np.random.rand(200))
     wide = ("data=npz", f"data.path={tmp_path}/wide.npz")
     with pytest.raises(mdn.MDNError, match="takes the features 1, and these data have 3"):
