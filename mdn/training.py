@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
+from mdn.callbacks.interrupt import Interrupt
 from mdn.data.checks import check_batch_size
 from mdn.data.pipeline import evaluation_batches, training_batches
 from mdn.data.rows import Data, Rows
@@ -280,16 +281,20 @@ def fit(
     verbose = trainer.verbose
     if verbose is None:
         verbose = 1 if sys.stdout.isatty() else 2
+    batches = training_batches(train_arrays, batch_size, seed=config.seed, first_epoch=first_epoch)
     try:
-        model.fit(
-            training_batches(train_arrays, batch_size, seed=config.seed, first_epoch=first_epoch),
-            epochs=trainer.epochs,
-            initial_epoch=first_epoch,
-            steps_per_epoch=len(data.train) // batch_size,
-            validation_data=evaluation_batches(_arrays(model, data.validation), EVALUATION_BATCH),
-            callbacks=[*callbacks, checkpoint],
-            verbose=verbose,
-        )
+        with Interrupt() as interrupt:
+            model.fit(
+                batches,
+                epochs=trainer.epochs,
+                initial_epoch=first_epoch,
+                steps_per_epoch=len(data.train) // batch_size,
+                validation_data=evaluation_batches(
+                    _arrays(model, data.validation), EVALUATION_BATCH
+                ),
+                callbacks=[*callbacks, checkpoint, interrupt],
+                verbose=verbose,
+            )
     except KeyboardInterrupt:
         done = checkpoint.progress.epoch
         for callback in callbacks:
