@@ -18,16 +18,13 @@ from scipy import linalg, special
 
 from mdn.data.rows import Data, Rows
 from mdn.errors import RunError
+from mdn.fitting.em import fit_mixture, group_by_pattern
 
 if TYPE_CHECKING:
     from mdn.density.queries import MixtureParameters
     from mdn.model import MDN
 
-_EM_STEPS = 500
-_EM_TOLERANCE = 1e-8
-# Added to the unit variances of the baseline, so that targets which determine each other leave
-# its covariance regular.
-_RIDGE = 1e-9
+_EM_TOLERANCE = 1e-14
 
 
 # ---------------------------------------------------------------------- margins
@@ -92,65 +89,25 @@ class Gaussian:
 
     @classmethod
     def fit(cls, y: np.ndarray, weight: np.ndarray) -> Gaussian:
-        """Return the maximum-likelihood fit to the entries that are there, by EM.
-
-        Rows that miss the same entries are one pattern, whose sums are taken once: a step of EM
-        costs the same for any number of rows. Where nothing is missing the first step is exact.
+        """Return the maximum-likelihood fit to the entries that are there.
 
         Args:
             y: [N, D], NaN marks a missing entry; each row and each target has an observed one.
             weight: [N], positive.
-
-        Source:
-            Little and Rubin (2019), Statistical Analysis with Missing Data, section 8.2.
         """
-        origin, unit = np.nanmean(y, axis=0), np.nanstd(y, axis=0)
-        z = np.nan_to_num((y - origin) / unit)
-        observed, groups = _group_by_pattern(y)  # [P, D]
-        share = np.array([weight[rows].sum() for rows in groups]) / weight.sum()  # [P]
-        mean = np.stack([np.average(z[i], axis=0, weights=weight[i]) for i in groups])  # [P, D]
-        scatter = np.stack(
-            [np.atleast_2d(np.cov(z[i].T, aweights=weight[i], ddof=0)) for i in groups]
-        )  # [P, D, D]
-        both = observed[:, :, np.newaxis] & observed[:, np.newaxis, :]  # [P, D, D]
-        loc, covariance = np.zeros(len(origin)), np.eye(len(origin))
-        for _ in range(_EM_STEPS):
-            # E: a row's missing entries, regressed on its observed ones. The inverse of the
-            # observed block, with zeros around it, keeps the patterns in one array.
-            inverse = np.linalg.inv(np.where(both, covariance, np.eye(len(loc))))
-            regression = covariance @ np.where(both, inverse, 0.0)  # [P, D, D]
-            filled = loc + np.einsum("pij,pj->pi", regression, mean - loc)  # [P, D]
-            unexplained = covariance - regression @ covariance  # [P, D, D]
-            within = regression @ scatter @ regression.swapaxes(1, 2) + unexplained
-            # M: the moments of the completed rows.
-            new_loc = share @ filled
-            between = np.einsum("pi,pj->pij", filled - new_loc, filled - new_loc)
-            new_covariance = np.einsum("p,pij->ij", share, within + between)
-            new_covariance += _RIDGE * np.eye(len(loc))
-            change = max(np.abs(new_loc - loc).max(), np.abs(new_covariance - covariance).max())
-            loc, covariance = new_loc, new_covariance
-            if change < _EM_TOLERANCE:
-                break
-        return cls(origin + unit * loc, covariance * np.outer(unit, unit))
+        found = fit_mixture(y, weight=weight, tolerance=_EM_TOLERANCE)
+        return cls(found.loc[0], found.covariance[0])
 
     def log_prob(self, y: np.ndarray) -> np.ndarray:
         """Return the log density of the observed entries of y [N, D], [N] nats."""
         log_prob = np.zeros(len(y))
-        for observed, rows in zip(*_group_by_pattern(y), strict=True):
+        for observed, rows in zip(*group_by_pattern(y), strict=True):
             scale_tril = np.linalg.cholesky(self.covariance[np.ix_(observed, observed)])
             residual = y[rows][:, observed] - self.loc[observed]  # [n, d]
             z = linalg.solve_triangular(scale_tril, residual.T, lower=True)  # [d, n]
             constant = np.log(np.diag(scale_tril)).sum() + 0.5 * len(z) * math.log(2 * math.pi)
             log_prob[rows] = -0.5 * (z**2).sum(axis=0) - constant
         return log_prob
-
-
-def _group_by_pattern(y: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return the P patterns of observed entries [P, D], and the row numbers of each."""
-    patterns, group = np.unique(~np.isnan(y), axis=0, return_inverse=True)
-    group = group.reshape(-1)  # NumPy 2.0 gives [N, 1]
-    order = np.argsort(group, kind="stable")
-    return patterns, np.split(order, np.cumsum(np.bincount(group))[:-1])
 
 
 # ---------------------------------------------------------------------- evaluation

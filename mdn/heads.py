@@ -10,13 +10,12 @@ Shape letters: B batch, T time, H hidden, D event size, K components, P paramete
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 import tf_keras
-from scipy.cluster.vq import kmeans2
 
 from mdn.data.checks import check_targets
 from mdn.data.resolution import float32_step, resolution
@@ -28,20 +27,9 @@ from mdn.density import (
 from mdn.density import positivity as scales
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError, DataError
+from mdn.fitting.start import NARROWEST_START, Start, cluster
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
-
-# A Gaussian start is never narrower than this share of the targets' spread: k-means may return a
-# cluster of equal values, and a scale at its floor has no unconstrained parameter.
-_NARROWEST_START = 0.05
-
-
-class Start(NamedTuple):
-    """Where training begins: K Gaussians in standardised units, as NumPy arrays."""
-
-    weights: np.ndarray  # [K]
-    loc: np.ndarray  # [K, D]
-    scale_tril: np.ndarray  # [K, D, D]
 
 
 class Head(tfp.layers.DistributionLambda):
@@ -231,25 +219,21 @@ class Head(tfp.layers.DistributionLambda):
         self.y_loc.assign(loc)
         self.y_scale.assign(scale)
         self.floor.assign(np.maximum(self.min_scale, grid / math.sqrt(12.0) / scale))
-        complete = y[~np.isnan(y).any(axis=1)]
-        if len(complete) == 0:
-            self._set_start(self._spread_start())
-        else:
-            rng = np.random.default_rng([seed, 0x6D646E])
-            self._set_start(_cluster((complete - loc) / scale, self.components, rng))
+        rng = np.random.default_rng([seed, 0x6D646E])
+        self._set_start(cluster((y - loc) / scale, self.components, rng))
 
     def _spread_start(self) -> Start:
         """Return a start without data: means spread along the diagonal, so that none are equal."""
         k, d = self.components, self.event_size
         centres = (np.arange(k) + 0.5) / k * 4.0 - 2.0 if k > 1 else np.zeros(1)
-        scale = np.eye(d) * max(2.0 / k, 2.0 * _NARROWEST_START)
+        scale = np.eye(d) * max(2.0 / k, 2.0 * NARROWEST_START)
         return Start(np.full(k, 1.0 / k), np.tile(centres[:, None], d), np.tile(scale, (k, 1, 1)))
 
     def _set_start(self, start: Start) -> None:
         loc = self.y_loc + self.y_scale * tf.constant(start.loc, self.dtype)  # [K, D]
         floor = self.floor.numpy().astype(np.float64)
         diagonal = np.einsum("kdd->kd", scale_tril := start.scale_tril.copy())
-        diagonal[:] = np.maximum(diagonal, np.maximum(2.0 * floor, floor + _NARROWEST_START))
+        diagonal[:] = np.maximum(diagonal, np.maximum(2.0 * floor, floor + NARROWEST_START))
         scale = self.y_scale[:, tf.newaxis] * tf.constant(scale_tril, self.dtype)  # [K, D, D]
         logits = tf.constant(np.log(start.weights), self.dtype)
         self.bias.assign(self.parameters(self._from_gaussians(logits, loc, scale)))
@@ -394,28 +378,3 @@ class MixtureDiag(MixtureHead):
 
     def _from_gaussians(self, logits, loc, scale_tril):
         return GaussianMixture.from_diag(logits, loc, tf.norm(scale_tril, axis=-1))
-
-
-def _cluster(y: np.ndarray, components: int, rng: np.random.Generator) -> Start:
-    """Return K distinct Gaussians from a k-means clustering of standardised y [N, D]."""
-    n, d = y.shape
-    sample = y[rng.permutation(n)[:10_000]]
-    # Rows repeat where targets are tied, and k-means++ would start two means on one spot; a little
-    # noise keeps them apart.
-    sample = sample + rng.normal(scale=1e-3, size=sample.shape)
-    if len(sample) < components:
-        sample = np.tile(sample, (components, 1))
-        sample = sample + rng.normal(scale=_NARROWEST_START, size=sample.shape)
-    # k-means++ takes K^2 N steps; among many components random rows are as far apart.
-    minit = "++" if components <= 64 else "points"
-    loc, label = kmeans2(sample, components, iter=20, minit=minit, rng=rng, missing="warn")
-    weights, scale_tril = np.zeros(components), np.zeros([components, d, d])
-    for k in range(components):
-        members = sample[label == k]
-        weights[k] = len(members) + 1.0
-        # Shrunk towards a sphere, as two rows do not determine a covariance.
-        spread = np.cov(members.T, bias=True).reshape(d, d) if len(members) else np.zeros([d, d])
-        share = len(members) / (len(members) + d + 1.0)
-        covariance = share * spread + (1.0 - share) * np.eye(d) / components**2
-        scale_tril[k] = np.linalg.cholesky(covariance + _NARROWEST_START**2 * np.eye(d))
-    return Start(weights / weights.sum(), loc, scale_tril)
