@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mdn import backbones, density, features, heads, losses
     from mdn.density import GaussianMixture, MultivariateNormalDiag, MultivariateNormalTriL
     from mdn.errors import MDNError
+    from mdn.fitting.distribution import Fit, fit_distribution
     from mdn.model import MDN, load
 
 __version__ = importlib.metadata.version("mdn")
@@ -22,11 +23,14 @@ _HOME = {
     "MultivariateNormalDiag": "mdn.density",
     "MultivariateNormalTriL": "mdn.density",
     "MDNError": "mdn.errors",
+    "Fit": "mdn.fitting.distribution",
+    "fit_distribution": "mdn.fitting.distribution",
 }
 _MODULES = ("backbones", "density", "features", "heads", "losses")
 
 __all__ = [
     "MDN",
+    "Fit",
     "GaussianMixture",
     "MDNError",
     "MultivariateNormalDiag",
@@ -34,6 +38,7 @@ __all__ = [
     "backbones",
     "density",
     "features",
+    "fit_distribution",
     "heads",
     "load",
     "losses",

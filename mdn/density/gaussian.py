@@ -48,6 +48,43 @@ def tril_log_prob(y: tf.Tensor, loc: tf.Tensor, scale_tril: tf.Tensor) -> tf.Ten
         return diag_log_prob(y, loc, scale_tril[..., 0])
     missing = tf.math.is_nan(y)
     residual = tf.where(missing, tf.zeros_like(y), y - loc)  # [.., D]
+    if _is_shared(residual.shape, scale_tril.shape):
+        return tf.cond(
+            tf.reduce_any(missing),
+            lambda: _broadcast_log_prob(residual, missing, scale_tril),
+            lambda: _shared_log_prob(residual, scale_tril),
+        )
+    return _broadcast_log_prob(residual, missing, scale_tril)
+
+
+def _is_shared(residual: tf.TensorShape, scale_tril: tf.TensorShape) -> bool:
+    """Whether residuals [*rows, *batch, D] lie under factors [*batch, D, D] with fewer axes."""
+    if not (residual.is_fully_defined() and scale_tril.is_fully_defined()):
+        return False
+    rows = residual.rank - 1 - (scale_tril.rank - 2)
+    return rows > 0 and residual[rows:-1] == scale_tril[:-2]
+
+
+def _shared_log_prob(residual: tf.Tensor, scale_tril: tf.Tensor) -> tf.Tensor:
+    """Return the log density of residuals [*rows, *batch, D] under factors [*batch, D, D].
+
+    All rows are columns of one solve for each factor, which is not copied for each row.
+    """
+    shape, d = residual.shape[:-1], residual.shape[-1]
+    batch = scale_tril.shape[:-2]
+    columns = tf.reshape(residual, [-1, *batch, d])  # [n, *batch, D]
+    axes = [*range(1, len(batch) + 2), 0]
+    z = tf.linalg.triangular_solve(scale_tril, tf.transpose(columns, axes))  # [*batch, D, n]
+    log_diag = tf.math.log(tf.linalg.diag_part(scale_tril))
+    constant = tf.reduce_sum(log_diag, axis=-1) + 0.5 * d * LOG_2_PI  # [*batch]
+    log_prob = -0.5 * tf.reduce_sum(tf.square(z), axis=-2) - constant[..., tf.newaxis]
+    return tf.reshape(tf.transpose(log_prob, [len(batch), *range(len(batch))]), shape)
+
+
+def _broadcast_log_prob(
+    residual: tf.Tensor, missing: tf.Tensor, scale_tril: tf.Tensor
+) -> tf.Tensor:
+    d = scale_tril.shape[-1]
     if residual.shape[:-1] != scale_tril.shape[:-2] or not residual.shape.is_fully_defined():
         batch = tf.broadcast_dynamic_shape(tf.shape(residual)[:-1], tf.shape(scale_tril)[:-2])
         residual = tf.broadcast_to(residual, tf.concat([batch, [d]], 0))
