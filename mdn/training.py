@@ -23,7 +23,7 @@ from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
 from mdn.data.checks import check_batch_size
 from mdn.data.pipeline import evaluation_batches, training_batches
-from mdn.data.rows import Data, Rows
+from mdn.data.rows import Data
 from mdn.errors import ConfigError, MDNError, RunError
 from mdn.evaluation import evaluate, print_table
 from mdn.export import export_saved_model
@@ -275,7 +275,7 @@ def fit(
     first_epoch = checkpoint.restore(model)
     if checkpoint.progress.stopped:
         first_epoch = trainer.epochs  # nothing is left but to take the best weights
-    train_arrays = _arrays(model, data.train)
+    train_arrays = model.arrays(data.train)
     batch_size = trainer.batch_size
     verbose = trainer.verbose
     if verbose is None:
@@ -286,7 +286,7 @@ def fit(
             epochs=trainer.epochs,
             initial_epoch=first_epoch,
             steps_per_epoch=len(data.train) // batch_size,
-            validation_data=evaluation_batches(_arrays(model, data.validation), EVALUATION_BATCH),
+            validation_data=evaluation_batches(model.arrays(data.validation), EVALUATION_BATCH),
             callbacks=[*callbacks, checkpoint],
             verbose=verbose,
         )
@@ -323,11 +323,6 @@ def finish(
     directory.write_json("metrics.json", metrics)
     print_table(metrics)
     return metrics
-
-
-def _arrays(model: MDN, rows: Rows) -> tuple[Any, ...]:
-    weight = () if rows.weight is None else (rows.weight,)
-    return (model.encode(rows.x), rows.y, *weight)
 
 
 class EpochLog(tf_keras.callbacks.Callback):
