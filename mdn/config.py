@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
@@ -29,7 +30,7 @@ from pydantic import (
     ValidationError,
 )
 
-from mdn.errors import ConfigError
+from mdn.errors import ConfigError, MDNError
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Monitored = Literal["loss", "nll", "val_loss", "val_nll"]
@@ -286,6 +287,26 @@ def check_config(config: DictConfig) -> None:
     model = groups["model"]
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
+
+
+def make(config: DictConfig, key: str, **kwargs: Any) -> Any:
+    """Call the constructor that `config[key]` points at.
+
+    Raises:
+        MDNError: as the constructor raises it.
+        ConfigError: there is no such constructor, or it does not take these options.
+    """
+    try:
+        # Partial, as a full call would turn the arguments given here into config nodes.
+        constructor = instantiate(OmegaConf.select(config, key), _partial_=True, _convert_="all")
+    except InstantiationException as error:
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+    try:
+        return constructor(**kwargs)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, MDNError):
+            raise
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 def _check(schema: type[Section], values: dict[str, Any], prefix: str) -> None:

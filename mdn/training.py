@@ -15,16 +15,15 @@ from typing import Any
 
 import tensorflow as tf
 import tf_keras
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
+from mdn.config import make
 from mdn.data.checks import check_batch_size
 from mdn.data.pipeline import evaluation_batches, training_batches
 from mdn.data.rows import Data
-from mdn.errors import ConfigError, MDNError, RunError
+from mdn.errors import ConfigError, RunError
 from mdn.evaluation import evaluate, print_table
 from mdn.export import export_saved_model
 from mdn.features import Columns
@@ -86,26 +85,6 @@ def train(config: DictConfig, overrides: list[str] | None = None) -> dict[str, f
             ) from error
         log.info("look at %s with: tensorboard --logdir %s", directory.path, directory.path)
     return metrics
-
-
-def make(config: DictConfig, key: str, **kwargs: Any) -> Any:
-    """Call the constructor that `config[key]` points at.
-
-    Raises:
-        MDNError: as the constructor raises it.
-        ConfigError: there is no such constructor, or it does not take these options.
-    """
-    try:
-        # Partial, as a full call would turn the arguments given here into config nodes.
-        constructor = instantiate(OmegaConf.select(config, key), _partial_=True, _convert_="all")
-    except InstantiationException as error:
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
-    try:
-        return constructor(**kwargs)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, MDNError):
-            raise
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 def seed_everything(config: DictConfig) -> None:
