@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from mdn.density import GaussianMixture, MultivariateNormalDiag, MultivariateNormalTriL
     from mdn.errors import MDNError
     from mdn.model import MDN, load
+    from mdn.vae import VAE
 
 __version__ = importlib.metadata.version("mdn")
 
 # Imported when first asked for: `import mdn` must not wait for TensorFlow.
 _HOME = {
     "MDN": "mdn.model",
+    "VAE": "mdn.vae",
     "load": "mdn.model",
     "GaussianMixture": "mdn.density",
     "MultivariateNormalDiag": "mdn.density",
@@ -27,6 +29,7 @@ _MODULES = ("backbones", "density", "features", "heads", "losses")
 
 __all__ = [
     "MDN",
+    "VAE",
     "GaussianMixture",
     "MDNError",
     "MultivariateNormalDiag",
