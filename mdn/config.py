@@ -34,6 +34,7 @@ from mdn.errors import ConfigError, MDNError
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Monitored = Literal["loss", "nll", "val_loss", "val_nll"]
+GENERATIVE = "mdn.vae.VAE"  # the model that reads no x, and has no exact nll
 Names = str | list[str]  # one name stands for a list of one
 
 
@@ -58,6 +59,20 @@ class HeadOptions(Target):
 
 class MixtureOptions(HeadOptions):
     components: PositiveInt
+
+
+class VAEOptions(Target):
+    event_size: PositiveInt | None
+    latent_size: PositiveInt
+    prior: Literal["mixture", "normal"]
+    components: PositiveInt
+    spread: PositiveFloat
+    decoder_widths: Annotated[list[PositiveInt], Field(min_length=1)]
+    activation: str
+    dropout: Share
+    likelihood: Literal["bernoulli"]
+    kl_warmup: NonNegativeInt
+    min_scale: PositiveFloat
 
 
 class MLPOptions(Target):
@@ -121,6 +136,12 @@ class FlightsOptions(SplitOptions):
     max_rows: PositiveInt | None
 
 
+class DigitsOptions(Target):
+    validation: Annotated[float, Field(gt=0.0, lt=1.0)]
+    test: Annotated[float, Field(gt=0.0, lt=1.0)]
+    seed: NonNegativeInt
+
+
 class OptimizerOptions(Target):
     learning_rate: PositiveFloat
     global_clipnorm: PositiveFloat | None
@@ -156,6 +177,11 @@ class CheckpointOptions(Target):
     keep: PositiveInt
 
 
+class PriorComparisonOptions(Target):
+    latent_sizes: Annotated[list[PositiveInt], Field(min_length=1)]
+    seeds: Annotated[int, Field(ge=2)]
+
+
 class GpuOptions(Target):
     index: NonNegativeInt
 
@@ -189,6 +215,7 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.heads.TriL": HeadOptions,
     "mdn.heads.Mixture": MixtureOptions,
     "mdn.heads.MixtureDiag": MixtureOptions,
+    "mdn.vae.VAE": VAEOptions,
     "mdn.backbones.MLP": MLPOptions,
     "mdn.backbones.ResNet": ResNetOptions,
     "mdn.backbones.Constant": Target,
@@ -198,6 +225,7 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.data.tabular.Parquet": TableOptions,
     "mdn.data.arrays.Npz": NpzOptions,
     "mdn.data.flights.Flights": FlightsOptions,
+    "mdn.data.digits.Digits": DigitsOptions,
     "tf_keras.optimizers.Adam": OptimizerOptions,
     "tf_keras.optimizers.AdamW": AdamWOptions,
     "tf_keras.optimizers.SGD": SGDOptions,
@@ -205,6 +233,7 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.callbacks.stopping.ReduceLROnPlateau": PlateauOptions,
     "mdn.callbacks.tensorboard.TensorBoard": TensorBoardOptions,
     "mdn.callbacks.checkpoint.Checkpoint": CheckpointOptions,
+    "mdn.comparison.PriorComparison": PriorComparisonOptions,
     "mdn.strategy.auto": Target,
     "mdn.strategy.cpu": Target,
     "mdn.strategy.gpu": GpuOptions,
@@ -274,6 +303,7 @@ def check_config(config: DictConfig) -> None:
         raise ConfigError(_one_line(error)) from error
     groups: dict[str, Any] = {str(name): values.pop(name, None) for name in GROUPS}
     callbacks = values.pop("callbacks", None) or {}
+    comparison = values.pop("comparison", None)
     _check(TopOptions, values, "")
     for name, group in groups.items():
         if not isinstance(group, dict) or "_target_" not in group:
@@ -281,12 +311,22 @@ def check_config(config: DictConfig) -> None:
                 f"{name}={group!r}: needs a _target_; choose one of {_choices(name)}"
             )
     nodes = groups | {f"callbacks.{name}": node for name, node in callbacks.items()}
+    nodes["comparison"] = comparison
     for name, group in nodes.items():
         if group is not None and group.get("_target_") in OPTIONS:
             _check(OPTIONS[group["_target_"]], group, f"{name}.")
     model = groups["model"]
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
+    if model["_target_"] == GENERATIVE:
+        for name, node in callbacks.items():
+            if node and str(node.get("monitor", "")).endswith("nll"):
+                raise ConfigError(
+                    f"callbacks.{name}.monitor={node['monitor']}: model=vae has no nll while it "
+                    "trains; monitor loss or val_loss"
+                )
+    elif comparison is not None:
+        raise ConfigError("experiment=vae_mixture compares priors: it needs model=vae")
 
 
 def make(config: DictConfig, key: str, **kwargs: Any) -> Any:

@@ -114,7 +114,7 @@ def latent_figure(model: VAE, rows: Rows, size: tuple[float, float] = (6.4, 5.2)
     if rows.label is None:
         axes.plot(*points.T, ".", markersize=4, color="#31688e", alpha=0.7)
     else:
-        colors = matplotlib.colormaps["tab10"].colors
+        colors = matplotlib.colormaps["tab10"](range(10))
         for i, value in enumerate(np.unique(rows.label)):
             chosen = points[rows.label == value].T
             color = colors[i % len(colors)]
