@@ -288,19 +288,22 @@ def history_figure(history: Mapping[str, Sequence[float]]) -> Figure:
     """Draw the NLL of the train and validation rows by epoch, and the learning rate if known.
 
     Args:
-        history: metric name -> its value after each epoch; reads nll or else loss, their
-            validation, and learning_rate.
+        history: metric name -> its value after each epoch; reads nll, or else minus elbo, or else
+            loss, their validation, and learning_rate.
     """
     figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
-    names = {"nll": "NLL, nats per row", "elbo": "negative ELBO, nats per row"}
-    label = next((names[key] for key in names if history.get(key)), "loss")
-    name = "nll" if history.get("nll") else "loss"
+    labels = {"nll": "NLL, nats per row", "elbo": "negative ELBO, nats per row"}
+    name = next((name for name in labels if history.get(name)), "loss")
+    sign = -1.0 if name == "elbo" else 1.0
     rate = history.get("learning_rate") or history.get("lr")
     above, below = figure.subplots(
         2 if rate else 1, 1, sharex=True, height_ratios=[3, 1] if rate else [1], squeeze=False
     )[[0, -1], 0]
-    style_axes(above, "", label)
-    series = {"train": history.get(name), "validation": history.get(f"val_{name}")}
+    style_axes(above, "", labels.get(name, name))
+    series = {
+        title: [sign * value for value in history.get(key) or []]
+        for title, key in (("train", name), ("validation", f"val_{name}"))
+    }
     for (title, values), color in zip(series.items(), (_GREY, _BLUE), strict=True):
         if values:
             above.plot(range(1, len(values) + 1), values, color=color, linewidth=2, label=title)

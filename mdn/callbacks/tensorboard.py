@@ -25,10 +25,10 @@ class TensorBoard(tf_keras.callbacks.Callback):
     In `train/` and, where there is one, `validation/`: loss, nll (for a VAE elbo, reconstruction
     and kl). In `train/` besides: learning_rate, gradient_norm, and once the config as text. With
     `data` also, on a fixed sample of validation rows: components/weight_<k> and
-    components/scale_<k> (means over the rows; the scale is the geometric mean over the targets), components/effective
-    (the mean over the rows of exp(entropy of the weights), between 1 and K), the histograms
-    components/weights and components/scales, the image density, and once the graph. A VAE has the
-    components of its prior, and the images samples, reconstructions and latent.
+    components/scale_<k> (means over the rows; the scale is the geometric mean over the targets),
+    components/effective (the mean over the rows of exp(entropy of the weights), between 1 and K),
+    the histograms components/weights and components/scales, the image density, and once the graph.
+    A VAE has the components of its prior, and the images samples, reconstructions and latent.
 
     Args:
         log_dir: where to write.
