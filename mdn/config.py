@@ -310,12 +310,16 @@ def check_config(config: DictConfig) -> None:
             raise ConfigError(
                 f"{name}={group!r}: needs a _target_; choose one of {_choices(name)}"
             )
+    model = groups["model"]
+    if comparison is not None and model["_target_"] != GENERATIVE:
+        raise ConfigError(
+            "experiment=vae_mixture compares the priors of a VAE: it needs model=vae"
+        )
     nodes = groups | {f"callbacks.{name}": node for name, node in callbacks.items()}
     nodes["comparison"] = comparison
     for name, group in nodes.items():
         if group is not None and group.get("_target_") in OPTIONS:
             _check(OPTIONS[group["_target_"]], group, f"{name}.")
-    model = groups["model"]
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
     if model["_target_"] == GENERATIVE:
@@ -325,8 +329,6 @@ def check_config(config: DictConfig) -> None:
                     f"callbacks.{name}.monitor={node['monitor']}: model=vae has no nll while it "
                     "trains; monitor loss or val_loss"
                 )
-    elif comparison is not None:
-        raise ConfigError("experiment=vae_mixture compares priors: it needs model=vae")
 
 
 def make(config: DictConfig, key: str, **kwargs: Any) -> Any:

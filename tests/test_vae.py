@@ -92,8 +92,9 @@ def test_bounds_are_below_the_evidence_and_approach_it(prior):
     model, images = trained(prior, epochs=4), images_of(20, seed=1)
     exact = evidence(model, images)
     draws = 20_000
-    elbo = model.elbo(images, draws, [1, 2]).numpy()
-    assert (elbo <= exact + 1e-3).all()
+    weights = model.log_weights(images, draws, [1, 2]).numpy()
+    elbo, error = weights.mean(axis=0), weights.std(axis=0) / math.sqrt(draws)
+    assert (elbo <= exact + 5.0 * error + 1e-3).all()
     iw = model.log_prob(images, draws, [3, 4]).numpy()
     np.testing.assert_allclose(iw, exact, atol=0.02)
     few = model.log_prob(images, 5, [5, 6]).numpy().mean()
@@ -262,8 +263,8 @@ def test_loads_in_a_process_of_its_own(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prior": "foo"}, "prior='foo': choose one of mixture, normal"),
-        ({"likelihood": "normal"}, "likelihood='normal': choose one of bernoulli"),
+        ({"prior": "foo"}, "prior='foo' is unknown: choose one of mixture, normal"),
+        ({"likelihood": "normal"}, "likelihood='normal' is unknown: choose one of bernoulli"),
         ({"latent_size": 0}, "latent_size=0: must be at least 1"),
         ({"components": 0}, "components=0"),
         ({"decoder_widths": []}, r"widths=\[\]"),
@@ -390,7 +391,7 @@ def test_saved_model_answers_as_the_model_with_tensorflow_alone(prior, tmp_path)
         for name, value in got.items():
             np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-5)
         assert served["encode"](images=x[:0])["mean"].shape == (0, 2)
-        assert not {"mdn", "tf_keras", "tensorflow_probability"} & set(sys.modules)
+        assert not {"mdn", "tensorflow_probability"} & set(sys.modules)
         print("as expected", sorted(got))
         """
     )
@@ -510,7 +511,7 @@ def test_config_mistakes(overrides, message):
 
 def test_comparison_needs_a_vae():
     with pytest.raises(mdn.MDNError, match="needs model=vae"):
-        compose_config(["experiment=vae_mixture", "model=mixture", "~model.decoder_widths"])
+        compose_config(["experiment=vae_mixture", "model=mixture"])
 
 
 def test_other_data_are_refused(tmp_path):
