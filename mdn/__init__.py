@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from mdn.errors import MDNError
     from mdn.fitting.distribution import Fit, fit_distribution
     from mdn.model import MDN, load
+    from mdn.vae import VAE
 
 __version__ = importlib.metadata.version("mdn")
 
 # Imported when first asked for: `import mdn` must not wait for TensorFlow.
 _HOME = {
     "MDN": "mdn.model",
+    "VAE": "mdn.vae",
     "load": "mdn.model",
     "GaussianMixture": "mdn.density",
     "MultivariateNormalDiag": "mdn.density",
@@ -30,6 +32,7 @@ _MODULES = ("backbones", "density", "features", "heads", "losses")
 
 __all__ = [
     "MDN",
+    "VAE",
     "Fit",
     "GaussianMixture",
     "MDNError",

@@ -21,6 +21,32 @@ from mdn.errors import ConfigError
 register = tf_keras.saving.register_keras_serializable(package="mdn")
 
 
+def add_seed_state(layer: layers.Layer | tf_keras.Model) -> tf.Variable:
+    """Add a weight that holds a seed and a counter, for `next_seed`: int32 [2].
+
+    Kept among the weights, it makes the noise of a resumed run that of the uninterrupted one.
+    """
+    # Drawn from NumPy's global stream, which tf_keras.utils.set_random_seed seeds.
+    seed = int(np.random.randint(2**31 - 1))
+    return layer.add_weight(  # (seed, training calls so far)
+        name="state",
+        shape=[2],
+        dtype="int32",
+        trainable=False,
+        initializer=tf_keras.initializers.Constant([seed, 0]),
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+    )
+
+
+def next_seed(state: tf.Variable) -> tf.Tensor:
+    """Return the seed of this training call, int32 [2], another in each replica; and count it."""
+    replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+    now = tf.identity(state)
+    state.assign_add([0, 1])
+    return tf.stack([now[0], now[1] * 1024 + tf.cast(replica, tf.int32)])
+
+
 @register
 class Dropout(layers.Layer):
     """Dropout whose masks are a function of a seed and of a counter kept among the weights.
@@ -39,26 +65,12 @@ class Dropout(layers.Layer):
             raise ConfigError(f"dropout={rate}: must be at least 0 and below 1")
         self.rate = float(rate)
         self.supports_masking = True
-        # Drawn from NumPy's global stream, which tf_keras.utils.set_random_seed seeds.
-        seed = int(np.random.randint(2**31 - 1))
-        self.state = self.add_weight(  # (seed, training calls so far)
-            name="state",
-            shape=[2],
-            dtype="int32",
-            trainable=False,
-            initializer=tf_keras.initializers.Constant([seed, 0]),
-            synchronization=tf.VariableSynchronization.ON_READ,
-            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-        )
+        self.state = add_seed_state(self)
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         if not training or self.rate == 0.0:
             return inputs
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        state = tf.identity(self.state)
-        self.state.assign_add([0, 1])
-        seed = tf.stack([state[0], state[1] * 1024 + tf.cast(replica, tf.int32)])
-        return tf.nn.experimental.stateless_dropout(inputs, self.rate, seed)
+        return tf.nn.experimental.stateless_dropout(inputs, self.rate, next_seed(self.state))
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rate": self.rate}

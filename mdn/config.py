@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
@@ -29,10 +30,11 @@ from pydantic import (
     ValidationError,
 )
 
-from mdn.errors import ConfigError
+from mdn.errors import ConfigError, MDNError
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Monitored = Literal["loss", "nll", "val_loss", "val_nll"]
+GENERATIVE = "mdn.vae.VAE"  # the model that reads no x, and has no exact nll
 Names = str | list[str]  # one name stands for a list of one
 
 
@@ -57,6 +59,20 @@ class HeadOptions(Target):
 
 class MixtureOptions(HeadOptions):
     components: PositiveInt
+
+
+class VAEOptions(Target):
+    event_size: PositiveInt | None
+    latent_size: PositiveInt
+    prior: Literal["mixture", "normal"]
+    components: PositiveInt
+    spread: PositiveFloat
+    decoder_widths: Annotated[list[PositiveInt], Field(min_length=1)]
+    activation: str
+    dropout: Share
+    likelihood: Literal["bernoulli"]
+    kl_warmup: NonNegativeInt
+    min_scale: PositiveFloat
 
 
 class MLPOptions(Target):
@@ -120,6 +136,12 @@ class FlightsOptions(SplitOptions):
     max_rows: PositiveInt | None
 
 
+class DigitsOptions(Target):
+    validation: Annotated[float, Field(gt=0.0, lt=1.0)]
+    test: Annotated[float, Field(gt=0.0, lt=1.0)]
+    seed: NonNegativeInt
+
+
 class OptimizerOptions(Target):
     learning_rate: PositiveFloat
     global_clipnorm: PositiveFloat | None
@@ -155,6 +177,11 @@ class CheckpointOptions(Target):
     keep: PositiveInt
 
 
+class PriorComparisonOptions(Target):
+    latent_sizes: Annotated[list[PositiveInt], Field(min_length=1)]
+    seeds: Annotated[int, Field(ge=2)]
+
+
 class GpuOptions(Target):
     index: NonNegativeInt
 
@@ -188,6 +215,7 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.heads.TriL": HeadOptions,
     "mdn.heads.Mixture": MixtureOptions,
     "mdn.heads.MixtureDiag": MixtureOptions,
+    "mdn.vae.VAE": VAEOptions,
     "mdn.backbones.MLP": MLPOptions,
     "mdn.backbones.ResNet": ResNetOptions,
     "mdn.backbones.Constant": Target,
@@ -197,6 +225,7 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.data.tabular.Parquet": TableOptions,
     "mdn.data.arrays.Npz": NpzOptions,
     "mdn.data.flights.Flights": FlightsOptions,
+    "mdn.data.digits.Digits": DigitsOptions,
     "tf_keras.optimizers.Adam": OptimizerOptions,
     "tf_keras.optimizers.AdamW": AdamWOptions,
     "tf_keras.optimizers.SGD": SGDOptions,
@@ -204,6 +233,7 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.callbacks.stopping.ReduceLROnPlateau": PlateauOptions,
     "mdn.callbacks.tensorboard.TensorBoard": TensorBoardOptions,
     "mdn.callbacks.checkpoint.Checkpoint": CheckpointOptions,
+    "mdn.comparison.PriorComparison": PriorComparisonOptions,
     "mdn.strategy.auto": Target,
     "mdn.strategy.cpu": Target,
     "mdn.strategy.gpu": GpuOptions,
@@ -273,19 +303,52 @@ def check_config(config: DictConfig) -> None:
         raise ConfigError(_one_line(error)) from error
     groups: dict[str, Any] = {str(name): values.pop(name, None) for name in GROUPS}
     callbacks = values.pop("callbacks", None) or {}
+    comparison = values.pop("comparison", None)
     _check(TopOptions, values, "")
     for name, group in groups.items():
         if not isinstance(group, dict) or "_target_" not in group:
             raise ConfigError(
                 f"{name}={group!r}: needs a _target_; choose one of {_choices(name)}"
             )
+    model = groups["model"]
+    if comparison is not None and model["_target_"] != GENERATIVE:
+        raise ConfigError(
+            "experiment=vae_mixture compares the priors of a VAE: it needs model=vae"
+        )
     nodes = groups | {f"callbacks.{name}": node for name, node in callbacks.items()}
+    nodes["comparison"] = comparison
     for name, group in nodes.items():
         if group is not None and group.get("_target_") in OPTIONS:
             _check(OPTIONS[group["_target_"]], group, f"{name}.")
-    model = groups["model"]
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
+    if model["_target_"] == GENERATIVE:
+        for name, node in callbacks.items():
+            if node and str(node.get("monitor", "")).endswith("nll"):
+                raise ConfigError(
+                    f"callbacks.{name}.monitor={node['monitor']}: model=vae has no nll while it "
+                    "trains; monitor loss or val_loss"
+                )
+
+
+def make(config: DictConfig, key: str, **kwargs: Any) -> Any:
+    """Call the constructor that `config[key]` points at.
+
+    Raises:
+        MDNError: as the constructor raises it.
+        ConfigError: there is no such constructor, or it does not take these options.
+    """
+    try:
+        # Partial, as a full call would turn the arguments given here into config nodes.
+        constructor = instantiate(OmegaConf.select(config, key), _partial_=True, _convert_="all")
+    except InstantiationException as error:
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+    try:
+        return constructor(**kwargs)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, MDNError):
+            raise
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 def _check(schema: type[Section], values: dict[str, Any], prefix: str) -> None:

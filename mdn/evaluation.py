@@ -174,24 +174,26 @@ def evaluate(model: MDN, data: Data, batch_size: int = 4096) -> Evaluation:
     baseline = Gaussian.fit(*_observed(train)).log_prob(y)  # [n]
 
     metrics = {"test/n": float(len(y))}
-    metrics["test/nll"], metrics["test/nll_se"] = _mean(-log_prob, weight)
-    metrics["baseline/nll"], _ = _mean(-baseline, weight)
+    metrics["test/nll"], metrics["test/nll_se"] = mean_and_error(-log_prob, weight)
+    metrics["baseline/nll"], _ = mean_and_error(-baseline, weight)
     complete = ~np.isnan(y).any(axis=1)
     if complete.any() and not complete.all():
         metrics["test/n_complete"] = float(complete.sum())
-        metrics["test/nll_complete"], _ = _mean(-log_prob[complete], weight[complete])
-        metrics["baseline/nll_complete"], _ = _mean(-baseline[complete], weight[complete])
+        metrics["test/nll_complete"], _ = mean_and_error(-log_prob[complete], weight[complete])
+        metrics["baseline/nll_complete"], _ = mean_and_error(-baseline[complete], weight[complete])
     for name, column in zip(data.targets, error.T, strict=True):
         if not np.isnan(column).all():
-            metrics[f"test/rmse/{name}"] = math.sqrt(_mean(column**2, weight)[0])
+            metrics[f"test/rmse/{name}"] = math.sqrt(mean_and_error(column**2, weight)[0])
     if len(data.targets) == 1:
         metrics["test/rmse"] = metrics[f"test/rmse/{data.targets[0]}"]
     for percent in (50, 90):
         inside = np.where(np.isnan(pit), np.nan, np.abs(pit - 0.5) <= percent / 200)
-        metrics[f"test/coverage{percent}"], _ = _mean(inside, weight)
+        metrics[f"test/coverage{percent}"], _ = mean_and_error(inside, weight)
     if data.truth is not None:
         truth = data.truth.log_prob(test.y, np.asarray(test.x))[counted]
-        metrics["test/regret"], metrics["test/regret_se"] = _mean(truth - log_prob, weight)
+        metrics["test/regret"], metrics["test/regret_se"] = mean_and_error(
+            truth - log_prob, weight
+        )
         metrics["data/entropy"] = float(data.truth.entropy())
     return Evaluation(metrics, pit)
 
@@ -213,7 +215,7 @@ def _observed(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     return rows.y[counted], weight[np.nonzero(counted)[0]]
 
 
-def _mean(values: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
+def mean_and_error(values: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
     """Return the weighted mean of [n] or [n, D] values, NaN left out, and its standard error."""
     weight = np.broadcast_to(weight.reshape(-1, *[1] * (values.ndim - 1)), values.shape)
     present = ~np.isnan(values)
@@ -241,6 +243,7 @@ def print_table(metrics: dict[str, float], console: Console | None = None) -> No
         if cells[0]:
             table.add_row(label, *cells)
 
+    add("ELBO, nats per row", "test/elbo")
     add("NLL, nats per row", "test/nll")
     add("NLL, rows with all targets", "test/nll_complete")
     add("regret, nats per row", "test/regret")

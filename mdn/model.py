@@ -6,7 +6,6 @@ Shape letters: B batch, T time, F features, D event size, N rows.
 from __future__ import annotations
 
 import os
-import types
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,9 @@ import tensorflow as tf
 import tf_keras
 
 from mdn import backbones, losses
+from mdn.base import TrainedModel
 from mdn.data.checks import check_rows, check_weight
-from mdn.data.rows import Features
+from mdn.data.rows import Features, Rows
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError, DataError, RunError
 from mdn.features import Columns, Standardize, as_tensors
@@ -29,7 +29,7 @@ register = tf_keras.saving.register_keras_serializable(package="mdn")
 
 
 @register
-class MDN(tf_keras.Model):
+class MDN(TrainedModel):
     """A conditional density p(y | x) as a Keras model.
 
     Args:
@@ -43,6 +43,8 @@ class MDN(tf_keras.Model):
     [B] or [B, T] and event [D], in the units of y; see `mdn.density`.
     """
 
+    tracked = ("loss", "nll", "gradient_norm")
+
     def __init__(
         self,
         head: Head,
@@ -50,7 +52,7 @@ class MDN(tf_keras.Model):
         encoder: Standardize | Columns | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(autocast=False, **kwargs)  # the encoder takes raw features as they are
+        super().__init__(**kwargs)
         if not isinstance(head, Head):
             raise ConfigError(
                 f"head={head!r} is no mdn head: use mdn.heads.Mixture(event_size=..)"
@@ -62,17 +64,6 @@ class MDN(tf_keras.Model):
         self._feature_rank: int | None = None  # 2 or 3, known from `adapt` on
         self._score: losses.Loss = losses.nll
         self._density: Any = None
-        # In a namespace, as Keras takes the state of a metric in an attribute for weights.
-        self._trackers = types.SimpleNamespace(
-            loss=tf_keras.metrics.Mean(name="loss"),
-            nll=tf_keras.metrics.Mean(name="nll"),
-            gradient_norm=tf_keras.metrics.Mean(name="gradient_norm"),
-        )
-
-    @property
-    def metrics(self) -> list[tf_keras.metrics.Metric]:
-        """The metrics that Keras resets at the start of each epoch."""
-        return [*vars(self._trackers).values(), *super().metrics]
 
     # ------------------------------------------------------------------ starting values
 
@@ -135,6 +126,10 @@ class MDN(tf_keras.Model):
         hidden = self.backbone(hidden, training=training)  # [.., H]
         return self.head(hidden)
 
+    @property
+    def xla(self) -> bool:
+        return getattr(self.backbone, "xla", True)
+
     def compile(
         self,
         optimizer: Any = "adam",
@@ -156,9 +151,6 @@ class MDN(tf_keras.Model):
             ConfigError: the loss is unknown.
         """
         self._score = losses.get(loss)
-        if jit_compile is None:
-            one_device = self.distribute_strategy.num_replicas_in_sync == 1
-            jit_compile = one_device and getattr(self.backbone, "xla", True)
         super().compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile, **kwargs)
 
     def compute_loss(
@@ -180,10 +172,7 @@ class MDN(tf_keras.Model):
         penalty = tf.add_n([tf.cast(term, total.dtype) for term in self.losses] or [0.0])
         self._trackers.nll.update_state(total / count, sample_weight=count)
         self._trackers.loss.update_state(total / count + penalty, sample_weight=count)
-        replicas = self.distribute_strategy.num_replicas_in_sync
-        if replicas > 1:  # their rows may count unequally
-            count = tf.distribute.get_replica_context().all_reduce("SUM", count) / replicas
-        return total / count + penalty
+        return total / self._per_replica(count) + penalty
 
     def _counted(self, x: Any, y: tf.Tensor) -> tf.Tensor:
         """Return [B] or [B, T]: where there is something to learn from."""
@@ -191,32 +180,11 @@ class MDN(tf_keras.Model):
         mask = self.encoder.compute_mask(x)
         return observed & mask if mask is not None and observed.shape.rank == 2 else observed
 
-    def train_step(self, data: Any) -> dict[str, Any]:
-        x, y, sample_weight = tf_keras.utils.unpack_x_y_sample_weight(data)
-        with tf.GradientTape() as tape:
-            density = self(x, training=True)
-            loss = self.compute_loss(x, y, density, sample_weight)
-            # Gradients of the replicas are summed.
-            scaled = loss / self.distribute_strategy.num_replicas_in_sync
-        gradients = tape.gradient(scaled, self.trainable_variables)
-        pairs = [
-            (gradient, variable)
-            for gradient, variable in zip(gradients, self.trainable_variables, strict=True)
-            if gradient is not None  # the projection of features that a backbone does not read
-        ]
-        pairs = list(self.optimizer.aggregate_gradients(pairs))
-        norm = tf.linalg.global_norm([gradient for gradient, _ in pairs])
-        self._trackers.gradient_norm.update_state(norm)
-        self.optimizer.apply_gradients(pairs, skip_gradients_aggregation=True)
-        return self.compute_metrics(x, y, density, sample_weight)
-
-    def test_step(self, data: Any) -> dict[str, Any]:
-        x, y, sample_weight = tf_keras.utils.unpack_x_y_sample_weight(data)
-        density = self(x, training=False)
-        self.compute_loss(x, y, density, sample_weight)
-        results = self.compute_metrics(x, y, density, sample_weight)
-        results.pop("gradient_norm")
-        return results
+    def forward(
+        self, x: Any, y: Any, sample_weight: Any, training: bool
+    ) -> tuple[tf.Tensor, Queries]:
+        density = self(x, training=training)
+        return self.compute_loss(x, y, density, sample_weight), density
 
     def predict_step(self, data: Any) -> tf.Tensor:
         x, _, _ = tf_keras.utils.unpack_x_y_sample_weight(data)
@@ -224,8 +192,7 @@ class MDN(tf_keras.Model):
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> dict[str, Any]:
         mean = y_pred.mean() if self.compiled_metrics is not None else None
-        results = super().compute_metrics(x, y, mean, sample_weight)
-        return {name: results[name] for name in sorted(results, key=lambda n: n != "loss")}
+        return super().compute_metrics(x, y, mean, sample_weight)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `tf_keras.Model.fit` does, after a check of arrays.
@@ -257,13 +224,9 @@ class MDN(tf_keras.Model):
         """Return the mean of the density at each row, [N, D] or [N, T, D]: never a random draw."""
         return super().predict(self.encode(x), *args, **kwargs)
 
-    def get_compile_config(self) -> dict[str, Any]:
-        return {} if self.optimizer is None else super().get_compile_config()
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        if config:
-            self.compile(**tf_keras.saving.deserialize_keras_object(config))
-            self.optimizer.build(self.trainable_variables)
+    def arrays(self, rows: Rows) -> tuple[Any, ...]:
+        weight = () if rows.weight is None else (rows.weight,)
+        return (self.encode(rows.x), rows.y, *weight)
 
     # ------------------------------------------------------------------ answers for many rows
 
@@ -320,6 +283,13 @@ class MDN(tf_keras.Model):
         }
         return type(parts[0])(**arrays)
 
+    def row_losses(self, rows: Rows) -> np.ndarray:
+        scores = []
+        for part, density in self.densities(rows.x):
+            score = -density.log_prob(rows.y[part].astype(np.float32)).numpy()
+            scores.append(score.reshape([len(score), -1]).max(axis=1))  # the worst step of each
+        return np.concatenate(scores)
+
     # ------------------------------------------------------------------ saving
 
     def get_config(self) -> dict[str, Any]:
@@ -345,27 +315,6 @@ class MDN(tf_keras.Model):
         if config["feature_rank"] is not None:
             self._build_network(config["feature_rank"])
 
-    def save(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
-        """Write a `.keras` file: whole, or not at all.
-
-        Raises:
-            RunError: the name does not end in .keras, or the file cannot be written.
-        """
-        path = Path(filepath)
-        if path.suffix != ".keras":
-            raise RunError(f"cannot save as {path.name}: the name must end in .keras")
-        if path.exists() and not overwrite:
-            raise RunError(f"{path} exists: remove it, or save with overwrite=True")
-        self._check_adapted()
-        partial = path.with_name(f".{path.stem}.partial.keras")
-        try:
-            super().save(str(partial), **kwargs)
-            os.replace(partial, path)
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
-
 
 def _as_features(x: Any) -> Any:
     """Return lists and Series as arrays, a DataFrame as a mapping of columns, the rest as is."""
@@ -384,7 +333,7 @@ def _as_column(column: Any) -> Any:
     return column if isinstance(column, tf.Tensor) else np.asarray(column)
 
 
-def load(path: str | os.PathLike[str], compile: bool = True) -> MDN:
+def load(path: str | os.PathLike[str], compile: bool = True) -> Any:
     """Return the model of a `.keras` file; nothing in the file can run code.
 
     Args:
@@ -404,6 +353,6 @@ def load(path: str | os.PathLike[str], compile: bool = True) -> MDN:
         raise RunError(
             f"{path} cannot be loaded ({reason}): is it a file that mdn saved?"
         ) from error
-    if not isinstance(model, MDN):
+    if not isinstance(model, TrainedModel):
         raise RunError(f"{path} holds a {type(model).__name__}, not an MDN: load it with tf_keras")
     return model

@@ -65,6 +65,15 @@ def save_plots(
     if any(history.values()):
         figures["history"] = history_figure(history)
     figures["calibration"] = calibration_figure(evaluation.pit, data.targets)
+    return write_figures(figures, directory)
+
+
+def write_figures(figures: Mapping[str, Figure], directory: str | Path) -> list[Path]:
+    """Write each figure as <name>.png into a directory, which is made if it is not there.
+
+    Raises:
+        RunError: a file cannot be written.
+    """
     paths = []
     for name, figure in figures.items():
         path = Path(directory) / f"{name}.png"
@@ -207,7 +216,7 @@ def _draw_planes(
     every = [figure.add_subplot(*shape, i + 1) for i in range(panels)]
     for row, axes in zip(chosen, every, strict=True):
         weight, loc = margins.weight[row], margins.loc[row]  # [K], [K, D]
-        _style(axes, first, second)
+        style_axes(axes, first, second)
         axes.locator_params(nbins=5)
         if unconditional:
             shown, style = y, _POINTS
@@ -279,17 +288,22 @@ def history_figure(history: Mapping[str, Sequence[float]]) -> Figure:
     """Draw the NLL of the train and validation rows by epoch, and the learning rate if known.
 
     Args:
-        history: metric name -> its value after each epoch; reads nll or else loss, their
-            validation, and learning_rate.
+        history: metric name -> its value after each epoch; reads nll, or else minus elbo, or else
+            loss, their validation, and learning_rate.
     """
     figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
-    name, label = ("nll", "NLL, nats per row") if history.get("nll") else ("loss", "loss")
+    labels = {"nll": "NLL, nats per row", "elbo": "negative ELBO, nats per row"}
+    name = next((name for name in labels if history.get(name)), "loss")
+    sign = -1.0 if name == "elbo" else 1.0
     rate = history.get("learning_rate") or history.get("lr")
     above, below = figure.subplots(
         2 if rate else 1, 1, sharex=True, height_ratios=[3, 1] if rate else [1], squeeze=False
     )[[0, -1], 0]
-    _style(above, "", label)
-    series = {"train": history.get(name), "validation": history.get(f"val_{name}")}
+    style_axes(above, "", labels.get(name, name))
+    series = {
+        title: [sign * value for value in history.get(key) or []]
+        for title, key in (("train", name), ("validation", f"val_{name}"))
+    }
     for (title, values), color in zip(series.items(), (_GREY, _BLUE), strict=True):
         if values:
             above.plot(range(1, len(values) + 1), values, color=color, linewidth=2, label=title)
@@ -300,7 +314,7 @@ def history_figure(history: Mapping[str, Sequence[float]]) -> Figure:
     late = [v for values in series.values() if values for v in values[len(values) // 20 :]]
     above.set_ylim(*_pad(np.nanmin(late), np.nanmax(late)))  # the first steps may be far off
     if rate:
-        _style(below, "", "learning rate")
+        style_axes(below, "", "learning rate")
         below.plot(range(1, len(rate) + 1), rate, color=_ORANGE, linewidth=2)
         below.set_ylim(bottom=0)
     below.set_xlabel("epoch", color=_INK)
@@ -324,11 +338,13 @@ def calibration_figure(pit: np.ndarray, targets: Sequence[str] = ()) -> Figure:
     noise = 1.96 * math.sqrt((bins - 1) / max(n, 1))  # of a bin's count over its expectation
     alone = len(columns) == 1
 
-    _style(left, "cdf of the density at the observed y (PIT)", "frequency, relative to uniform")
+    style_axes(
+        left, "cdf of the density at the observed y (PIT)", "frequency, relative to uniform"
+    )
     left.axhspan(1 - noise, 1 + noise, color=_GREY, alpha=0.3, linewidth=0)
     left.axhline(1, color=_GREY, linewidth=1)
     left.set_title("grey: 95 % of the bins, if calibrated", fontsize=10, color=_INK)
-    _style(right, "central interval of the density", "share of the observed y inside")
+    style_axes(right, "central interval of the density", "share of the observed y inside")
     right.plot([0, 1], [0, 1], color=_GREY, linewidth=1)
     right.set_title("grey: calibrated", fontsize=10, color=_INK)
     top = 2.0
@@ -402,11 +418,12 @@ def _draw_bands(axes: Axes, margins: Margins, across: np.ndarray) -> None:
 
 def _add_axes(figure: Figure, x_label: str, y_label: str) -> Axes:
     axes = figure.subplots()
-    _style(axes, x_label, y_label)
+    style_axes(axes, x_label, y_label)
     return axes
 
 
-def _style(axes: Axes, x_label: str, y_label: str) -> None:
+def style_axes(axes: Axes, x_label: str, y_label: str) -> None:
+    """Label the axes, and give them the look that all pictures share."""
     axes.set_xlabel(x_label, color=_INK)
     axes.set_ylabel(y_label, color=_INK)
     axes.tick_params(color=_GREY, labelcolor=_INK, labelsize=9)

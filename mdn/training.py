@@ -1,11 +1,7 @@
-"""One run, from a checked config to a finished run directory.
-
-Shape letters: D event size.
-"""
+"""One run, from a checked config to a finished run directory."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
 import tempfile
@@ -15,24 +11,21 @@ from typing import Any
 
 import tensorflow as tf
 import tf_keras
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from mdn.base import TrainedModel
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.interrupt import Interrupt
+from mdn.config import make
 from mdn.data.checks import check_batch_size
 from mdn.data.pipeline import evaluation_batches, training_batches
-from mdn.data.rows import Data, Rows
-from mdn.errors import ConfigError, MDNError, RunError
-from mdn.evaluation import evaluate, print_table
-from mdn.export import export_saved_model
-from mdn.features import Columns
-from mdn.model import MDN, load
-from mdn.plots import save_plots
+from mdn.data.rows import Data
+from mdn.errors import RunError
+from mdn.evaluation import print_table
 from mdn.runs import RunDirectory, provenance
 from mdn.strategy import is_chief
+from mdn.tasks import build_model, get_task
 
 log = logging.getLogger(__name__)
 
@@ -89,26 +82,6 @@ def train(config: DictConfig, overrides: list[str] | None = None) -> dict[str, f
     return metrics
 
 
-def make(config: DictConfig, key: str, **kwargs: Any) -> Any:
-    """Call the constructor that `config[key]` points at.
-
-    Raises:
-        MDNError: as the constructor raises it.
-        ConfigError: there is no such constructor, or it does not take these options.
-    """
-    try:
-        # Partial, as a full call would turn the arguments given here into config nodes.
-        constructor = instantiate(OmegaConf.select(config, key), _partial_=True, _convert_="all")
-    except InstantiationException as error:
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
-    try:
-        return constructor(**kwargs)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, MDNError):
-            raise
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
-
-
 def seed_everything(config: DictConfig) -> None:
     """Seed Python, NumPy and TensorFlow, and make the operations deterministic if asked to."""
     tf_keras.utils.set_random_seed(config.seed)
@@ -116,78 +89,7 @@ def seed_everything(config: DictConfig) -> None:
         tf.config.experimental.enable_op_determinism()
 
 
-def build_model(config: DictConfig, data: Data) -> MDN:
-    """Return the model with scaling and starting values from the train rows.
-
-    Raises:
-        ConfigError: `model.event_size` is not the number of targets.
-        RunError: the run of `init_from` has no model, or one of another shape.
-    """
-    event_size = len(data.targets)
-    if config.model.get("event_size") not in (None, event_size):
-        raise ConfigError(
-            f"model.event_size={config.model.event_size} but the data have {event_size} targets "
-            f"({', '.join(data.targets)}): leave it out"
-        )
-    tf_keras.mixed_precision.set_global_policy(config.trainer.precision)
-    try:
-        model = MDN(make(config, "model", event_size=event_size), make(config, "backbone"))
-        if config.init_from is None:
-            return _adapt(model, config, data)
-        return _load_start(config, data, model)
-    finally:
-        tf_keras.mixed_precision.set_global_policy("float32")
-
-
-def _load_start(config: DictConfig, data: Data, fresh: MDN) -> MDN:
-    """Return the model of the run `init_from`, if it is one that this config would build."""
-    _import_home(config.backbone._target_)
-    model = load(f"{config.init_from}/model.keras")
-    for part in ("head", "backbone"):
-        was, now = (_options(getattr(m, part)) for m in (model, fresh))
-        if was != now:
-            changed = sorted(k for k in {*was, *now} if was.get(k) != now.get(k))
-            raise RunError(
-                f"init_from={config.init_from} has another {part} "
-                f"({', '.join(f'{k}: {was.get(k)}, not {now.get(k)}' for k in changed)}): "
-                "use the same model and backbone"
-            )
-    sizes = [_encoder_input(m.encoder) for m in (model, _adapt(fresh, config, data))]
-    if sizes[0] != sizes[1]:
-        raise RunError(
-            f"init_from={config.init_from} takes the features {sizes[0]}, and these data have "
-            f"{sizes[1]}: use the same features"
-        )
-    if data.missing == "indicator" and getattr(model.encoder, "missing", "indicator") == "error":
-        raise RunError(
-            f"init_from={config.init_from} was trained without missing features: "
-            "use data.missing=error"
-        )
-    model.missing = data.missing
-    return model
-
-
-def _adapt(model: MDN, config: DictConfig, data: Data) -> MDN:
-    model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
-    return model
-
-
-def _encoder_input(encoder: Any) -> list[str] | int:
-    """Return the names of the raw columns, or the number of features of a matrix."""
-    return encoder.names if isinstance(encoder, Columns) else encoder.features
-
-
-def _options(layer: tf_keras.layers.Layer) -> dict[str, Any]:
-    config = {"class": type(layer).__name__, **layer.get_config()}
-    return {key: value for key, value in config.items() if key not in ("name", "dtype")}
-
-
-def _import_home(target: str) -> None:
-    # A registered class of the user's own can be loaded once its module is imported.
-    importlib.import_module(target.rpartition(".")[0])
-
-
-def compile_model(model: MDN, config: DictConfig, steps: int) -> None:
+def compile_model(model: TrainedModel, config: DictConfig, steps: int) -> None:
     """Compile the model with the optimizer and schedule of the config.
 
     Args:
@@ -235,6 +137,7 @@ def make_callbacks(
         "tensorboard": {
             "log_dir": str(directory / "tensorboard"),
             "data": data,
+            "panels": get_task(config).panels,
             "config_text": OmegaConf.to_yaml(config, resolve=True),
         },
     }
@@ -260,7 +163,7 @@ def make_callbacks(
 
 
 def fit(
-    model: MDN,
+    model: TrainedModel,
     config: DictConfig,
     data: Data,
     directory: RunDirectory,
@@ -276,7 +179,7 @@ def fit(
     first_epoch = checkpoint.restore(model)
     if checkpoint.progress.stopped:
         first_epoch = trainer.epochs  # nothing is left but to take the best weights
-    train_arrays = _arrays(model, data.train)
+    train_arrays = model.arrays(data.train)
     batch_size = trainer.batch_size
     verbose = trainer.verbose
     if verbose is None:
@@ -290,7 +193,7 @@ def fit(
                 initial_epoch=first_epoch,
                 steps_per_epoch=len(data.train) // batch_size,
                 validation_data=evaluation_batches(
-                    _arrays(model, data.validation), EVALUATION_BATCH
+                    model.arrays(data.validation), EVALUATION_BATCH
                 ),
                 callbacks=[*callbacks, checkpoint, interrupt],
                 verbose=verbose,
@@ -308,31 +211,31 @@ def fit(
 
 
 def finish(
-    model: MDN, config: DictConfig, data: Data, directory: RunDirectory, progress: Progress
+    model: TrainedModel,
+    config: DictConfig,
+    data: Data,
+    directory: RunDirectory,
+    progress: Progress,
 ) -> dict[str, float]:
     """Evaluate and export; `metrics.json` comes last and marks the run as finished."""
     model.save(directory / "model.keras")
-    evaluation = evaluate(model, data)
+    task = get_task(config)
     rows = len(data.train) // config.trainer.batch_size * config.trainer.batch_size
     metrics = {
-        **evaluation.metrics,
+        **task.judge(model, data, progress.history, directory / "plots"),
         **data.notes,
         "train/seconds": progress.seconds,
         "train/epochs": progress.epoch,
         "train/rows_per_second": rows * progress.epoch / max(progress.seconds, 1e-9),
         "model/parameters": model.count_params(),
     }
-    export_saved_model(model, directory / "saved_model", overwrite=True, targets=data.targets)
-    save_plots(model, data, progress.history, evaluation, directory / "plots")
+    task.export(model, directory / "saved_model", data.targets)
+    if "comparison" in config:
+        metrics |= make(config, "comparison")(config)
     directory.write_json("provenance.json", provenance(config, data.fingerprint()))
     directory.write_json("metrics.json", metrics)
     print_table(metrics)
     return metrics
-
-
-def _arrays(model: MDN, rows: Rows) -> tuple[Any, ...]:
-    weight = () if rows.weight is None else (rows.weight,)
-    return (model.encode(rows.x), rows.y, *weight)
 
 
 class EpochLog(tf_keras.callbacks.Callback):

@@ -15,7 +15,10 @@ GROUPS = sorted(path.name for path in config_dir().iterdir() if path.is_dir())
 FILES = sorted(path for path in config_dir().glob("*/*.yaml"))
 # What the caller adds when it makes these, and so no option in a YAML file.
 GIVEN_LATER = {
-    "mdn.callbacks.tensorboard.TensorBoard": {"log_dir", "data", "config_text", "rows"},
+    "mdn.callbacks.tensorboard.TensorBoard": {
+        *("log_dir", "data", "config_text", "rows", "panels"),
+    },
+    "mdn.vae.VAE": {"backbone"},
     "mdn.callbacks.checkpoint.Checkpoint": {"directory", "write", "data"},
 }
 
@@ -99,6 +102,7 @@ def test_trainer_options_are_checked():
         (["kk=3"], "kk=3: kk is no option; did you mean k"),
         (["modle=tril"], "modle=tril: modle is no option; did you mean model"),
         (["model=lstm"], "model=lstm: there is no such model; choose one of diag, mixture"),
+        (["model=vae", "model.prior=foo"], "model.prior=foo: must be 'mixture' or 'normal'"),
         (["experiment=none"], "experiment=none: there is no such experiment"),
         (["trainer=3"], "trainer=3: Config group override must be a string"),
         (["trainer.epochs=0"], "trainer.epochs=0: must be greater than 0"),

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import tf_keras
 
+from mdn.base import TrainedModel
 from mdn.data.rows import Rows
 from mdn.errors import RunError
-from mdn.model import MDN
 
 
 class NanGuard(tf_keras.callbacks.Callback):
@@ -25,7 +25,7 @@ class NanGuard(tf_keras.callbacks.Callback):
         targets: names of the D targets.
     """
 
-    model: MDN
+    model: TrainedModel
 
     def __init__(self, rows: Rows, features: Sequence[str], targets: Sequence[str]) -> None:
         super().__init__()
@@ -51,11 +51,7 @@ class NanGuard(tf_keras.callbacks.Callback):
                 )
 
     def _worst_row(self) -> str:
-        scores = []
-        for rows, density in self.model.densities(self.rows.x):
-            score = -density.log_prob(self.rows.y[rows].astype(np.float32)).numpy()
-            scores.append(score.reshape([len(score), -1]).max(axis=1))
-        nll = np.concatenate(scores)
+        nll = self.model.row_losses(self.rows)
         row = int(np.argmax(np.where(np.isfinite(nll), nll, np.inf)))
         x = self.rows.x
         # Of a sequence, the first step stands for the rest.

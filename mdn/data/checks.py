@@ -136,6 +136,28 @@ def check_features(
             )
 
 
+def check_images(images: np.ndarray, pixels: int) -> np.ndarray:
+    """Return images, [N, D] of zeros and ones, as float32.
+
+    Raises:
+        DataError: they have another shape, or hold other values.
+    """
+    images = np.asarray(images)
+    if images.ndim != 2 or images.shape[1] != pixels:
+        raise DataError(
+            f"the images have shape {_shape(images.shape)}: give [N, {pixels}], a row for each"
+        )
+    _check_numeric(images, "an image")
+    bad = (images != 0) & (images != 1)  # NaN too
+    if bad.any():
+        i, d = np.argwhere(bad)[0].tolist()
+        raise DataError(
+            f"target {d} is {images[i, d]:.6g} in row {i}: a VAE learns from images of zeros and "
+            "ones; binarise them, or use data=digits"
+        )
+    return images.astype(np.float32)
+
+
 def check_weight(weight: np.ndarray, label: str, row: RowName = "row {}".format) -> None:
     """Check that row weights, [N], are finite, not negative, and not all zero."""
     weight = np.asarray(weight)

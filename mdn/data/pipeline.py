@@ -26,18 +26,22 @@ def training_batches(
     """
     tensors = tuple(tf.constant(a, tf.float32) for a in arrays)
     n = len(arrays[0])
-    steps = n // batch_size
 
     def order(epoch: tf.Tensor) -> tf.data.Dataset:
-        rows = tf.random.experimental.stateless_shuffle(
-            tf.range(n), seed=tf.stack([tf.constant(seed, tf.int64), epoch])
-        )
-        rows = tf.reshape(rows[: steps * batch_size], [steps, batch_size])
-        return tf.data.Dataset.from_tensor_slices(rows)
+        return tf.data.Dataset.from_tensor_slices(epoch_order(n, batch_size, seed, epoch))
 
     batches = tf.data.Dataset.counter(first_epoch).flat_map(order)
     batches = batches.map(lambda rows: tuple(tf.gather(t, rows) for t in tensors))
     return _shard_by_row(batches.prefetch(tf.data.AUTOTUNE))
+
+
+def epoch_order(n: int, batch_size: int, seed: int, epoch: int | tf.Tensor) -> tf.Tensor:
+    """Return the rows of each batch of an epoch, [n // B, B]."""
+    rows = tf.random.experimental.stateless_shuffle(
+        tf.range(n), seed=tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
+    )
+    steps = n // batch_size
+    return tf.reshape(rows[: steps * batch_size], [steps, batch_size])
 
 
 def evaluation_batches(arrays: tuple[np.ndarray, ...], batch_size: int) -> tf.data.Dataset:

@@ -21,11 +21,13 @@ class Rows:
             an object array of str with None where missing).
         y: [N, D] or [N, T, D] float64, in the user's units; NaN marks a missing entry.
         weight: [N] float64 row weights with mean one over the train rows, or None.
+        label: [N] integers, a class of each row that no model sees: for pictures. Or None.
     """
 
     x: Features
     y: np.ndarray
     weight: np.ndarray | None = None
+    label: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -33,7 +35,8 @@ class Rows:
     def take(self, index: np.ndarray) -> Rows:
         """Return the rows at `index` ([n] integers), in that order."""
         x = {k: v[index] for k, v in self.x.items()} if isinstance(self.x, dict) else self.x[index]
-        return Rows(x, self.y[index], None if self.weight is None else self.weight[index])
+        weight, label = (a if a is None else a[index] for a in (self.weight, self.label))
+        return Rows(x, self.y[index], weight, label)
 
 
 class Truth(Protocol):
@@ -59,6 +62,7 @@ class Data:
         missing: "error", or "indicator": how a missing feature is met (see `mdn.features`).
         truth: the density that the rows were drawn from, for simulators.
         notes: what the source counted, as flat keys for metrics.json.
+        image_shape: height and width, where the D targets are the pixels of an image, row by row.
     """
 
     train: Rows
@@ -69,6 +73,7 @@ class Data:
     missing: str = "error"
     truth: Truth | None = None
     notes: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    image_shape: tuple[int, int] | None = None
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of every row of every split, as hexadecimal."""

@@ -27,6 +27,35 @@ class MixtureParameters(NamedTuple):
     scale_tril: tf.Tensor
 
 
+def draw(parameters: MixtureParameters, n: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Return n draws from a mixture: [n, .., D].
+
+    TFP's own sampling fails where there are no rows, and makes K draws to keep one.
+
+    Args:
+        parameters: batch [..], K components.
+        n: int32 scalar.
+        seed: int32 [2]; the draws are the same on every device.
+    """
+    logits, loc, scale_tril = parameters
+    seeds = tf.random.split(seed, 2, "philox")
+
+    def shape(like: tf.Tensor) -> tf.Tensor:
+        return tf.concat([[n], tf.shape(like)], axis=0)
+
+    level = tf.random.stateless_uniform(
+        shape(logits[..., :1]), seeds[0], dtype=loc.dtype, alg="philox"
+    )  # [n, .., 1]
+    noise = tf.random.stateless_normal(
+        shape(loc[..., 0, :]), seeds[1], dtype=loc.dtype, alg="philox"
+    )  # [n, .., D]
+    below = level >= tf.cumsum(tf.nn.softmax(logits), axis=-1)[..., :-1]  # [n, .., K - 1]
+    component = tf.one_hot(tf.math.count_nonzero(below, -1), logits.shape[-1], dtype=loc.dtype)
+    return tf.einsum("n...k,...ki->n...i", component, loc) + tf.einsum(
+        "n...k,...kij,n...j->n...i", component, scale_tril, noise
+    )
+
+
 def check_event(y: tf.Tensor, event_size: int) -> None:
     """Raise a DataError unless the last axis of y is D; anything else would broadcast."""
     if y.shape.rank == 0 or (y.shape.rank is not None and y.shape[-1] not in (event_size, None)):

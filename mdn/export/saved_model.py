@@ -19,7 +19,7 @@ from typing import Any
 import tensorflow as tf
 
 import mdn
-from mdn.density import MixtureParameters
+from mdn.density.queries import draw
 from mdn.errors import ConfigError, RunError
 from mdn.features import Columns
 from mdn.model import MDN
@@ -63,26 +63,66 @@ def export_saved_model(
         RunError: the model is not adapted, something else is at `path`, or nothing can be written
             there; what was there before is then untouched.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise RunError(f"{path} exists: remove it, or export with overwrite=True")
-    if path.exists() and not (path / "saved_model.pb").is_file():
-        raise RunError(f"{path} is not a SavedModel, so it stays: give another path")
+    check_path(path, overwrite)
     if len(targets) not in (0, model.head.event_size):
         raise ConfigError(
             f"targets={list(targets)}: give {model.head.event_size} names, one for each target"
         )
     features = _feature_specs(model)
-    signatures = _trace(model, features)
+    columns = features if isinstance(features, dict) else {None: features}
+    description = {
+        "features": [
+            {"input": spec.name, "column": column, **_state(spec)}
+            for column, spec in columns.items()
+        ],
+        "targets": list(targets),
+    }
+    layers = (model.encoder, model.backbone, model.head)
+    return write_saved_model(path, overwrite, layers, _trace(model, features), description)
+
+
+def check_path(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Check, before any work, that a SavedModel can go to `path`.
+
+    Raises:
+        RunError: something else is there, or a SavedModel that is not to be replaced.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise RunError(f"{path} exists: remove it, or export with overwrite=True")
+    if path.exists() and not (path / "saved_model.pb").is_file():
+        raise RunError(f"{path} is not a SavedModel, so it stays: give another path")
+
+
+def write_saved_model(
+    path: str | os.PathLike[str],
+    overwrite: bool,
+    parts: Iterable[Any],
+    signatures: dict[str, Any],
+    description: dict[str, Any],
+) -> Path:
+    """Write signatures and `mdn.json`: all of it, or nothing.
+
+    Args:
+        path: where `check_path` passes.
+        overwrite: replace a SavedModel at `path`, once the new one is whole.
+        parts: the layers and variables that the signatures read.
+        signatures: name -> concrete function.
+        description: what `mdn.json` says besides the versions and the signatures.
+
+    Raises:
+        RunError: nothing can be written there; what was there before is then untouched.
+    """
+    path = Path(path)
     home = path.resolve()
     partial = home.with_name(f".{home.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         with _quiet():
-            tf.saved_model.save(_resources(model), str(partial), signatures)
-        description = _describe(features, targets, signatures)
-        (partial / "mdn.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+            tf.saved_model.save(_resources(parts), str(partial), signatures)
+        text = json.dumps(_describe(description, signatures), indent=2)
+        (partial / "mdn.json").write_text(text + "\n", "utf-8")
         _move(partial, home, overwrite)
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f"cannot write {path}: {_reason(error)}") from error
@@ -175,73 +215,39 @@ def _trace(model: MDN, features: Any) -> dict[str, Any]:
     }
 
 
-def draw(parameters: MixtureParameters, n: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Return n draws from a mixture: [n, .., D].
-
-    TFP's own sampling fails where there are no rows, and makes K draws to keep one.
-
-    Args:
-        parameters: batch [..], K components.
-        n: int32 scalar.
-        seed: int32 [2]; the draws are the same on every device.
-    """
-    logits, loc, scale_tril = parameters
-    seeds = tf.random.split(seed, 2, "philox")
-
-    def shape(like: tf.Tensor) -> tf.Tensor:
-        return tf.concat([[n], tf.shape(like)], axis=0)
-
-    level = tf.random.stateless_uniform(
-        shape(logits[..., :1]), seeds[0], dtype=loc.dtype, alg="philox"
-    )  # [n, .., 1]
-    noise = tf.random.stateless_normal(
-        shape(loc[..., 0, :]), seeds[1], dtype=loc.dtype, alg="philox"
-    )  # [n, .., D]
-    below = level >= tf.cumsum(tf.nn.softmax(logits), axis=-1)[..., :-1]  # [n, .., K - 1]
-    component = tf.one_hot(tf.math.count_nonzero(below, -1), logits.shape[-1], dtype=loc.dtype)
-    return tf.einsum("n...k,...ki->n...i", component, loc) + tf.einsum(
-        "n...k,...kij,n...j->n...i", component, scale_tril, noise
-    )
-
-
-def _resources(model: MDN) -> tf.Module:
+def _resources(parts: Iterable[Any]) -> tf.Module:
     """Return a module of the variables and tables that the signatures read.
 
     The layers themselves would bring their Keras functions, the optimizer, and warnings.
     """
     module = tf.Module()
     module.resources = [
-        part
-        for layer in (model.encoder, model.backbone, model.head)
-        for part in tf.train.TrackableView(layer).descendants()
-        if isinstance(part, (tf.Variable, tf.saved_model.experimental.TrackableResource))
+        leaf
+        for part in parts
+        for leaf in tf.train.TrackableView(part).descendants()
+        if isinstance(leaf, (tf.Variable, tf.saved_model.experimental.TrackableResource))
     ]
     return module
 
 
-def _describe(features: Any, targets: Sequence[str], signatures: dict[str, Any]) -> dict[str, Any]:
+def _state(spec: Any) -> dict[str, Any]:
+    return {"dtype": spec.dtype.name, "shape": spec.shape.as_list()}
+
+
+def _describe(description: dict[str, Any], signatures: dict[str, Any]) -> dict[str, Any]:
     """Return what `mdn.json` says of the artefact."""
-
-    def state(spec: Any) -> dict[str, Any]:
-        return {"dtype": spec.dtype.name, "shape": spec.shape.as_list()}
-
-    columns = features if isinstance(features, dict) else {None: features}
     return {
         "mdn": mdn.__version__,
         "tensorflow": tf.__version__,
-        "features": [
-            {"input": spec.name, "column": column, **state(spec)}
-            for column, spec in columns.items()
-        ],
-        "targets": list(targets),
+        **description,
         "signatures": {
             name: {
                 "inputs": {
-                    spec.name: state(spec)
+                    spec.name: _state(spec)
                     for spec in tf.nest.flatten(function.structured_input_signature)
                 },
                 "outputs": {
-                    output: state(spec) for output, spec in function.structured_outputs.items()
+                    output: _state(spec) for output, spec in function.structured_outputs.items()
                 },
             }
             for name, function in signatures.items()

@@ -1,0 +1,146 @@
+"""What every model of this package shares: the train step, its metrics, the choice of XLA, saving.
+
+Shape letters: B batch, N rows.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from mdn.data.rows import Rows
+from mdn.errors import RunError
+
+
+class TrainedModel(tf_keras.Model):
+    """A Keras model with a train step of its own: `MDN` and `VAE` say what it minimises.
+
+    Attributes:
+        tracked: names of the means over an epoch, which are the metrics of `fit`; "loss" and
+            "gradient_norm" among them.
+        train_only: those of them that have no meaning for validation rows.
+    """
+
+    tracked: tuple[str, ...] = ("loss", "gradient_norm")
+    train_only: tuple[str, ...] = ("gradient_norm",)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)  # the model takes raw numbers as they are
+        # In a namespace, as Keras takes the state of a metric in an attribute for weights.
+        self._trackers = types.SimpleNamespace(
+            **{name: tf_keras.metrics.Mean(name=name) for name in self.tracked}
+        )
+
+    @property
+    def metrics(self) -> list[tf_keras.metrics.Metric]:
+        """The metrics that Keras resets at the start of each epoch."""
+        return [*vars(self._trackers).values(), *super().metrics]
+
+    # ------------------------------------------------------------------ what a model says
+
+    @property
+    def xla(self) -> bool:
+        """Whether a train step can be compiled once and for all."""
+        return True
+
+    def forward(self, x: Any, y: Any, sample_weight: Any, training: bool) -> tuple[tf.Tensor, Any]:
+        """Return the loss of a batch, a scalar, and what `compute_metrics` makes metrics of."""
+        raise NotImplementedError
+
+    def arrays(self, rows: Rows) -> tuple[Any, ...]:
+        """Return rows as the arrays of which the train step takes batches."""
+        raise NotImplementedError
+
+    def row_losses(self, rows: Rows) -> np.ndarray:
+        """Return each row's loss, [N]; not finite where the model fails."""
+        raise NotImplementedError
+
+    def _check_adapted(self) -> None:
+        """Raise a RunError where the model cannot be used yet."""
+
+    # ------------------------------------------------------------------ Keras
+
+    def compile(
+        self,
+        optimizer: Any = "adam",
+        loss: Any = None,
+        *,
+        jit_compile: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if jit_compile is None:
+            one_device = self.distribute_strategy.num_replicas_in_sync == 1
+            jit_compile = one_device and self.xla
+        super().compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile, **kwargs)
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        x, y, sample_weight = tf_keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            loss, outputs = self.forward(x, y, sample_weight, training=True)
+            # Gradients of the replicas are summed.
+            scaled = loss / self.distribute_strategy.num_replicas_in_sync
+        gradients = tape.gradient(scaled, self.trainable_variables)
+        pairs = [
+            (gradient, variable)
+            for gradient, variable in zip(gradients, self.trainable_variables, strict=True)
+            if gradient is not None  # the projection of features that a backbone does not read
+        ]
+        pairs = list(self.optimizer.aggregate_gradients(pairs))
+        norm = tf.linalg.global_norm([gradient for gradient, _ in pairs])
+        self._trackers.gradient_norm.update_state(norm)
+        self.optimizer.apply_gradients(pairs, skip_gradients_aggregation=True)
+        return self.compute_metrics(x, y, outputs, sample_weight)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        x, y, sample_weight = tf_keras.utils.unpack_x_y_sample_weight(data)
+        _, outputs = self.forward(x, y, sample_weight, training=False)
+        results = self.compute_metrics(x, y, outputs, sample_weight)
+        return {name: value for name, value in results.items() if name not in self.train_only}
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> dict[str, Any]:
+        results = super().compute_metrics(x, y, y_pred, sample_weight)
+        return {name: results[name] for name in sorted(results, key=lambda n: n != "loss")}
+
+    def get_compile_config(self) -> dict[str, Any]:
+        return {} if self.optimizer is None else super().get_compile_config()
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        if config:
+            self.compile(**tf_keras.saving.deserialize_keras_object(config))
+            self.optimizer.build(self.trainable_variables)
+
+    def _per_replica(self, count: tf.Tensor) -> tf.Tensor:
+        """Return the mean of a batch's count over the replicas, whose rows may count unequally."""
+        replicas = self.distribute_strategy.num_replicas_in_sync
+        if replicas > 1:
+            count = tf.distribute.get_replica_context().all_reduce("SUM", count) / replicas
+        return count
+
+    # ------------------------------------------------------------------ saving
+
+    def save(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
+        """Write a `.keras` file: whole, or not at all.
+
+        Raises:
+            RunError: the name does not end in .keras, or the file cannot be written.
+        """
+        path = Path(filepath)
+        if path.suffix != ".keras":
+            raise RunError(f"cannot save as {path.name}: the name must end in .keras")
+        if path.exists() and not overwrite:
+            raise RunError(f"{path} exists: remove it, or save with overwrite=True")
+        self._check_adapted()
+        partial = path.with_name(f".{path.stem}.partial.keras")
+        try:
+            super().save(str(partial), **kwargs)
+            os.replace(partial, path)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
