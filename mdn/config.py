@@ -34,6 +34,7 @@ from mdn.errors import ConfigError, MDNError
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Monitored = Literal["loss", "nll", "val_loss", "val_nll"]
+FITTED = "mdn.fit_distribution"  # the model that is no network
 GENERATIVE = "mdn.vae.VAE"  # the model that reads no x, and has no exact nll
 Names = str | list[str]  # one name stands for a list of one
 
@@ -75,6 +76,24 @@ class VAEOptions(Target):
     min_scale: PositiveFloat
 
 
+class DistributionOptions(Target):
+    distribution: str
+    components: PositiveInt | None
+    method: Literal["gradient", "exact", "em"]
+    initial: dict[str, Any] | Literal["random"] | None
+    fixed: list[str]
+    batch_size: PositiveInt | None
+    learning_rate: PositiveFloat
+    tolerance: PositiveFloat | None
+    max_steps: PositiveInt | None
+    restarts: PositiveInt | None
+    positivity: Literal["softplus", "exp", "elu"]
+    min_scale: PositiveFloat
+    dtype: Literal["float32", "float64"] | None
+    compiled: bool
+    seed: NonNegativeInt
+
+
 class MLPOptions(Target):
     widths: Annotated[list[PositiveInt], Field(min_length=1)]
     activation: str
@@ -101,6 +120,23 @@ class SimulatorOptions(Target):
     validation_rows: PositiveInt
     test_rows: PositiveInt
     seed: NonNegativeInt
+
+
+class PointsOptions(Target):
+    y: list[Any]
+
+
+class GaussiansOptions(SimulatorOptions):
+    weights: list[PositiveFloat]
+    loc: list[list[float]]
+    covariance: list[list[list[float]]]
+
+
+class RandomGaussiansOptions(SimulatorOptions):
+    dimensions: PositiveInt
+    components: PositiveInt
+    separation: NonNegativeFloat
+    truth_seed: NonNegativeInt
 
 
 class SplitOptions(Target):
@@ -215,12 +251,16 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.heads.TriL": HeadOptions,
     "mdn.heads.Mixture": MixtureOptions,
     "mdn.heads.MixtureDiag": MixtureOptions,
-    "mdn.vae.VAE": VAEOptions,
+    FITTED: DistributionOptions,
+    GENERATIVE: VAEOptions,
     "mdn.backbones.MLP": MLPOptions,
     "mdn.backbones.ResNet": ResNetOptions,
     "mdn.backbones.Constant": Target,
     "mdn.backbones.LSTM": LSTMOptions,
     **{f"mdn.data.simulators.{name}": SimulatorOptions for name in SIMULATORS},
+    "mdn.data.draws.Points": PointsOptions,
+    "mdn.data.draws.Gaussians": GaussiansOptions,
+    "mdn.data.draws.RandomGaussians": RandomGaussiansOptions,
     "mdn.data.tabular.Csv": TableOptions,
     "mdn.data.tabular.Parquet": TableOptions,
     "mdn.data.arrays.Npz": NpzOptions,
@@ -263,6 +303,7 @@ class TopOptions(Section):
     init_from: str | None
     trainer: TrainerOptions
     k: PositiveInt | None = None
+    fixed: list[str] = []
 
 
 GROUPS = ("model", "backbone", "data", "optimizer", "strategy")
@@ -322,6 +363,15 @@ def check_config(config: DictConfig) -> None:
             _check(OPTIONS[group["_target_"]], group, f"{name}.")
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
+    if model["_target_"] == FITTED:
+        mixture = str(model["distribution"]).endswith("GaussianMixture")
+        if mixture and model["components"] is None:
+            raise ConfigError(f"model.distribution={model['distribution']}: give k=3 or so")
+        if model["components"] is not None and not mixture:
+            raise ConfigError(
+                f"k={model['components']}: a {model['distribution']} has no components; use "
+                "model.distribution=GaussianMixture"
+            )
     if model["_target_"] == GENERATIVE:
         for name, node in callbacks.items():
             if node and str(node.get("monitor", "")).endswith("nll"):

@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mdn.cli.quiet import import_tensorflow
-from mdn.config import check_config, compose_config, config_dir
+from mdn.config import FITTED, check_config, compose_config, config_dir
 from mdn.errors import MDNError
 
 FAILED, INTERRUPTED = 2, 130
@@ -38,6 +38,7 @@ def _job(config: DictConfig) -> float | None:
         check_config(config)
         _place(config)
         import_tensorflow()
+        from mdn.estimation import estimate
         from mdn.training import InterruptedRunError, train
 
         logger = logging.getLogger("mdn")
@@ -47,8 +48,9 @@ def _job(config: DictConfig) -> float | None:
             console = logging.StreamHandler(sys.stdout)
             console.setLevel(logging.INFO)
             logger.addHandler(console)
+        run = estimate if config.model._target_ == FITTED else train
         try:
-            return train(config, list(HydraConfig.get().overrides.task)).get("test/nll")
+            return run(config, list(HydraConfig.get().overrides.task)).get("test/nll")
         except InterruptedRunError as error:
             _fail(error, INTERRUPTED)
     except MDNError as error:

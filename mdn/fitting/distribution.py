@@ -24,6 +24,7 @@ from mdn.fitting.gradient import descend, minimise
 from mdn.fitting.likelihood import Likelihood, find_floor, row_log_prob
 from mdn.fitting.trainable import Initial, as_array, find_class, find_layout, resolve_names
 
+_MOST_SHOWN = 30  # numbers of a parameter, in a report
 METHODS = ("gradient", "exact", "em")
 
 
@@ -77,7 +78,10 @@ class Fit:
                 f"{self.starts.min():.6g} .. {self.starts.max():.6g}"
             )
         with np.printoptions(precision=5, suppress=True):
-            lines += [f"{name} = {value}" for name, value in self.parameters().items()]
+            lines += [
+                f"{name} = {value if value.size <= _MOST_SHOWN else list(value.shape)}"
+                for name, value in self.parameters().items()
+            ]
         return "\n".join(lines)
 
 
