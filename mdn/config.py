@@ -123,7 +123,7 @@ class SimulatorOptions(Target):
 
 
 class PointsOptions(Target):
-    y: list[Any]
+    y: list[Any] | None
 
 
 class GaussiansOptions(SimulatorOptions):
@@ -260,7 +260,7 @@ OPTIONS: dict[str, type[Target]] = {
     **{f"mdn.data.simulators.{name}": SimulatorOptions for name in SIMULATORS},
     "mdn.data.draws.Points": PointsOptions,
     "mdn.data.draws.Gaussians": GaussiansOptions,
-    "mdn.data.draws.RandomGaussians": RandomGaussiansOptions,
+    "mdn.data.draws.random_gaussians": RandomGaussiansOptions,
     "mdn.data.tabular.Csv": TableOptions,
     "mdn.data.tabular.Parquet": TableOptions,
     "mdn.data.arrays.Npz": NpzOptions,
@@ -366,7 +366,9 @@ def check_config(config: DictConfig) -> None:
     if model["_target_"] == FITTED:
         mixture = str(model["distribution"]).endswith("GaussianMixture")
         if mixture and model["components"] is None:
-            raise ConfigError(f"model.distribution={model['distribution']}: give k=3 or so")
+            raise ConfigError(
+                f"model.distribution={model['distribution']}: k is not set; give k=3, or so"
+            )
         if model["components"] is not None and not mixture:
             raise ConfigError(
                 f"k={model['components']}: a {model['distribution']} has no components; use "

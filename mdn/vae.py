@@ -362,13 +362,20 @@ class VAE(TrainedModel):
 
     def get_config(self) -> dict[str, Any]:
         backbone = tf_keras.saving.serialize_keras_object(self.backbone)
-        return {"name": self.name, **self._config, "backbone": backbone}
+        precision = self.decoder.dtype_policy.name
+        return {"name": self.name, **self._config, "backbone": backbone, "precision": precision}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> VAE:
         config = dict(config)
         backbone = tf_keras.saving.deserialize_keras_object(config["backbone"], custom_objects)
-        return cls(**{**config, "backbone": backbone})
+        now = tf_keras.mixed_precision.global_policy()
+        # The decoder takes the policy that is in force when it is made, as a backbone does.
+        tf_keras.mixed_precision.set_global_policy(config.pop("precision"))
+        try:
+            return cls(**{**config, "backbone": backbone})
+        finally:
+            tf_keras.mixed_precision.set_global_policy(now)
 
     def get_build_config(self) -> dict[str, Any]:
         return {}

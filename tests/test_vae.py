@@ -16,6 +16,7 @@ import tf_keras
 
 import mdn
 from mdn.backbones import MLP
+from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.tensorboard import TensorBoard
 from mdn.comparison import Fit
 from mdn.config import compose_config
@@ -293,6 +294,32 @@ def test_wrong_images(images, message):
         with pytest.raises(mdn.MDNError, match=message) as error:
             use(images)
         assert "\n" not in str(error.value)
+
+
+def test_precision_of_the_decoder_survives_saving(tmp_path):
+    tf_keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        model = make(backbone=MLP([8]))
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+    model.save(tmp_path / "vae.keras")
+    again = mdn.load(tmp_path / "vae.keras")
+    assert again.decoder.dtype_policy.name == "mixed_bfloat16"
+    images = images_of(10)
+    np.testing.assert_array_equal(again(images), model(images))
+    assert again(images).dtype == tf.float32
+
+
+def test_nan_names_the_image(tmp_path):
+    data = small_data()
+    model = make()
+    model.compile(tf_keras.optimizers.SGD(1e30), jit_compile=False)
+    guard = NanGuard(data.train, data.features, data.targets)
+    with pytest.raises(
+        mdn.MDNError, match=r"the least likely train row is row \d+ .*p0="
+    ) as error:
+        model.fit(*model.arrays(data.train), epochs=5, verbose=0, callbacks=[guard])
+    assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------------- digits

@@ -59,7 +59,7 @@ class NanGuard(tf_keras.callbacks.Callback):
         if isinstance(x, dict):
             named = {name: column[row] for name, column in x.items()}
         else:
-            first_x = x[row].reshape([-1, x.shape[-1]])[0]
+            first_x = x[row, 0] if x.ndim == 3 else x[row]
             named = dict(zip(self.features, first_x, strict=True))
         named = dict(zip(self.targets, first_y, strict=True)) | named
         values = ", ".join(

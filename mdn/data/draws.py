@@ -27,7 +27,9 @@ class Points:
         y: [N, D], or [N] for D = 1; None marks a missing entry.
     """
 
-    def __init__(self, y: Sequence[Any]) -> None:
+    def __init__(self, y: Sequence[Any] | None = None) -> None:
+        if y is None:
+            raise ConfigError("data.y is not set: give rows, such as data.y=[[1,2],[3,4]]")
         try:
             values = np.array(y, np.float64)  # None becomes NaN
         except (TypeError, ValueError) as error:
@@ -113,8 +115,17 @@ class Gaussians(Simulator):
         return float(self.weights @ np.array(entropy))
 
 
-class RandomGaussians(Gaussians):
-    """Draws from a mixture of K normals in D dimensions that a seed makes up.
+def random_gaussians(
+    dimensions: int = 10,
+    components: int = 3,
+    separation: float = 2.0,
+    truth_seed: int = 0,
+    rows: int = 20_000,
+    validation_rows: int = 2_000,
+    test_rows: int = 10_000,
+    seed: int = 0,
+) -> Gaussians:
+    """Return draws from a mixture of K normals in D dimensions that a seed makes up.
 
     Means are N(0, separation^2 I), covariances A A^T / D + I / 10 with standard normal A, and
     weights are between 1 / 2K and 2 / K before they are divided by their sum.
@@ -123,25 +134,25 @@ class RandomGaussians(Gaussians):
         dimensions: D.
         components: K.
         separation: standard deviation of the means.
-        truth_seed: of the mixture; `seed` is that of the rows.
-        **kwargs: as for any simulator.
+        truth_seed: of the mixture.
+        rows: number of train rows.
+        validation_rows: number of validation rows.
+        test_rows: number of test rows.
+        seed: of the rows.
     """
-
-    def __init__(
-        self,
-        dimensions: int = 10,
-        components: int = 3,
-        separation: float = 2.0,
-        truth_seed: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        rng = np.random.default_rng([truth_seed, 0x4D49])
-        k, d = components, dimensions
-        factor = rng.standard_normal((k, d, d))
-        covariance = factor @ factor.swapaxes(1, 2) / d + 0.1 * np.eye(d)
-        weights = rng.uniform(0.5, 2.0, k) / k
-        loc = separation * rng.standard_normal((k, d))
-        super().__init__(weights.tolist(), loc.tolist(), covariance.tolist(), **kwargs)
+    rng = np.random.default_rng([truth_seed, 0x4D49])
+    k, d = components, dimensions
+    factor = rng.standard_normal((k, d, d))
+    covariance = factor @ factor.swapaxes(1, 2) / d + 0.1 * np.eye(d)
+    return Gaussians(
+        (rng.uniform(0.5, 2.0, k) / k).tolist(),
+        (separation * rng.standard_normal((k, d))).tolist(),
+        covariance.tolist(),
+        rows=rows,
+        validation_rows=validation_rows,
+        test_rows=test_rows,
+        seed=seed,
+    )
 
 
 def _names(dimensions: int) -> tuple[str, ...]:
