@@ -92,9 +92,9 @@ def fit_mixture(
     """
     weight = np.ones(len(y)) if weight is None else np.asarray(weight, np.float64)
     counted = (weight > 0) & ~np.isnan(y).all(axis=1)
-    y, weight = y[counted], weight[counted] / weight[counted].mean()
-    if not len(y):
+    if not counted.any():
         raise DataError("no row has an observed target: there is nothing to fit")
+    y, weight = y[counted], weight[counted] / weight[counted].mean()
     origin, unit = np.nanmean(y, axis=0), np.nanstd(y, axis=0)
     z = (y - origin) / unit
     narrowest = np.broadcast_to(np.asarray(floor, np.float64), origin.shape)
