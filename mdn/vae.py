@@ -298,6 +298,21 @@ class VAE(TrainedModel):
     def xla(self) -> bool:
         return getattr(self.backbone, "xla", True)
 
+    def compile(self, optimizer: Any = "adam", loss: Any = None, **kwargs: Any) -> None:
+        """Configure training as in Keras; what is minimised is minus the ELBO.
+
+        Args:
+            optimizer: a Keras optimizer or its name.
+            loss: None, or "nll", which minus the ELBO bounds from above.
+            **kwargs: as for `MDN.compile`.
+
+        Raises:
+            ConfigError: another loss.
+        """
+        if loss not in (None, "nll"):
+            raise ConfigError(f"loss={loss!r}: a VAE minimises minus the ELBO; leave loss out")
+        super().compile(optimizer, **kwargs)
+
     def call(self, inputs: Any, training: bool | None = None) -> tf.Tensor:
         return tf.sigmoid(self.logits(self.posterior(inputs, training).loc, training))
 

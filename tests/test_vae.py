@@ -277,6 +277,11 @@ def test_wrong_arguments(options, message):
         VAE(D, **options)
 
 
+def test_no_other_loss():
+    with pytest.raises(mdn.MDNError, match="loss='mse': a VAE minimises minus the ELBO"):
+        make().compile(loss="mse")
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
