@@ -1,5 +1,7 @@
 """fit_distribution against closed forms and scipy: gradient, exact and EM side by side."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -11,6 +13,9 @@ from mdn.density import DiagGaussianMixture
 from mdn.errors import ConfigError, DataError
 from mdn.fitting.exact import CLOSED_FORMS
 from mdn.fitting.likelihood import row_log_prob
+
+# XLA compiles for seconds, and is tested where it matters.
+fit_distribution = functools.partial(mdn.fit_distribution, compiled=False)
 
 TEN = np.array([4.57, 6.37, 5.93, 7.98, 2.03, 3.59, 8.55, 3.45, 5.06, 6.44])
 
@@ -81,7 +86,7 @@ def test_every_closed_form_has_a_case():
 def test_exact_is_the_maximum_of_scipys_likelihood(kind):
     draw, log_density = EXACT[kind]
     y = draw(np.random.default_rng(0))
-    fit = mdn.fit_distribution(kind, y, method="exact")
+    fit = fit_distribution(kind, y, method="exact")
     found = fit.parameters()
     assert type(fit.distribution) is kind
     assert fit.nll == pytest.approx(-log_density(y, **found).mean(), rel=1e-6)
@@ -97,8 +102,8 @@ def test_exact_is_the_maximum_of_scipys_likelihood(kind):
 @pytest.mark.parametrize("kind", SMOOTH, ids=named)
 def test_gradient_reaches_the_closed_form(kind):
     y = EXACT[kind][0](np.random.default_rng(0))
-    exact = mdn.fit_distribution(kind, y, method="exact")
-    fit = mdn.fit_distribution(kind, y, initial="random", seed=1)
+    exact = fit_distribution(kind, y, method="exact")
+    fit = fit_distribution(kind, y, initial="random", seed=1)
     assert fit.converged, fit
     assert fit.gradient_norm <= 1e-7
     assert fit.nll == pytest.approx(exact.nll, abs=1e-9)
@@ -110,16 +115,16 @@ def test_any_class_of_tfps_by_name_against_scipy():
     y = np.random.default_rng(0).gamma(3.0, 2.0, 500)
     shape, _, scale = stats.gamma.fit(y, floc=0)
     for initial in (None, {"rate": 1.0}):  # TFP would rather learn the logarithm of the rate
-        fit = mdn.fit_distribution("Gamma", y, initial=initial)
+        fit = fit_distribution("Gamma", y, initial=initial)
         assert fit.converged
         assert fit.parameters()["concentration"] == pytest.approx(shape, rel=1e-4)
-        assert fit.distribution.mean() == pytest.approx(shape * scale, rel=1e-4)
+        assert float(fit.distribution.mean()) == pytest.approx(shape * scale, rel=1e-4)
 
 
 def test_location_scale_families_are_fitted_in_any_unit():
     t = np.random.default_rng(0).standard_t(4, 1000)
-    one = mdn.fit_distribution("StudentT", t)
-    other = mdn.fit_distribution("StudentT", 1e9 + 1e5 * t)
+    one = fit_distribution("StudentT", t)
+    other = fit_distribution("StudentT", 1e9 + 1e5 * t)
     assert one.converged
     assert other.converged
     a, b = one.parameters(), other.parameters()
@@ -132,7 +137,7 @@ def test_location_scale_families_are_fitted_in_any_unit():
 def test_separate_normals_at_once():
     y = np.random.default_rng(0).normal([1.0, -2.0, 5.0], [1.0, 3.0, 0.1], (300, 3))
     y[:50, 1] = np.nan
-    fit = mdn.fit_distribution("Normal", y, initial="random")
+    fit = fit_distribution("Normal", y, initial="random")
     assert fit.distribution.batch_shape == [3]
     np.testing.assert_allclose(fit.parameters()["loc"], np.nanmean(y, axis=0), rtol=1e-5)
     np.testing.assert_allclose(fit.parameters()["scale"], np.nanstd(y, axis=0), rtol=1e-5)
@@ -142,7 +147,7 @@ def test_separate_normals_at_once():
 
 
 def test_ten_values():
-    fit = mdn.fit_distribution(tfd.Normal, TEN, initial={"loc": 0.0, "scale": 1.0})
+    fit = fit_distribution(tfd.Normal, TEN, initial={"loc": 0.0, "scale": 1.0})
     assert fit.parameters()["loc"] == pytest.approx(TEN.mean(), abs=1e-6)
     assert fit.parameters()["scale"] == pytest.approx(TEN.std(), abs=1e-6)
 
@@ -154,18 +159,16 @@ def test_initial_values_may_be_callables():
         asked.append((name, shape, seed))
         return {"loc": -10.0}.get(name)
 
-    fit = mdn.fit_distribution("Normal", TEN, initial=for_all, seed=7)
+    fit = fit_distribution("Normal", TEN, initial=for_all, seed=7)
     assert sorted(asked) == [("loc", (), 7), ("scale", (), 7)]
     assert fit.history[0] > fit.nll + 1
-    one = mdn.fit_distribution(
-        "Normal", TEN, initial={"loc": lambda shape, seed: np.full(shape, 3)}
-    )
+    one = fit_distribution("Normal", TEN, initial={"loc": lambda shape, seed: np.full(shape, 3)})
     assert one.nll == pytest.approx(fit.nll, abs=1e-9)
 
 
 @pytest.mark.parametrize("method", ["gradient", "exact"])
 def test_fixed_scale_leaves_the_mean(method):
-    fit = mdn.fit_distribution("Normal", TEN, fixed={"scale": 3.0}, method=method)
+    fit = fit_distribution("Normal", TEN, fixed={"scale": 3.0}, method=method)
     assert fit.parameters()["scale"] == 3.0
     assert fit.parameters()["loc"] == pytest.approx(TEN.mean(), abs=1e-6)
 
@@ -173,14 +176,14 @@ def test_fixed_scale_leaves_the_mean(method):
 @pytest.mark.parametrize("method", ["gradient", "exact"])
 def test_fixed_loc_leaves_the_scatter_about_it(method):
     y, loc = normal_rows(), np.array([0.5, -1.0])
-    fit = mdn.fit_distribution("MultivariateNormalTriL", y, fixed={"loc": loc}, method=method)
+    fit = fit_distribution("MultivariateNormalTriL", y, fixed={"loc": loc}, method=method)
     expected = (y - loc).T @ (y - loc) / len(y)
     np.testing.assert_allclose(fit.distribution.covariance(), expected, rtol=1e-5)
 
 
 def test_fixed_names_take_their_value_from_initial():
     covariance = [[1.0, 0.5], [0.5, 2.0]]
-    fit = mdn.fit_distribution(
+    fit = fit_distribution(
         "MultivariateNormalTriL",
         normal_rows(),
         initial={"loc": [-10.0, 5.0], "covariance": covariance},
@@ -195,7 +198,7 @@ def test_every_random_start_reaches_the_covariance(positivity):
     rng = np.random.default_rng(0)
     factor = np.array([[1.0, 0, 0], [1.6, 2.7, 0], [5.0, -6.0, 6.0]])
     y = rng.standard_normal((1000, 3)) @ factor.T
-    fit = mdn.fit_distribution(
+    fit = fit_distribution(
         "MultivariateNormalTriL", y, initial="random", restarts=10, positivity=positivity
     )
     assert fit.starts_converged.all()
@@ -220,14 +223,14 @@ def test_mini_batches_end_near_the_optimum():
 
 
 def test_mini_batches_that_run_out_of_steps_say_so():
-    fit = mdn.fit_distribution("Normal", TEN, batch_size=5, initial={"loc": -99.0}, max_steps=4)
+    fit = fit_distribution("Normal", TEN, batch_size=5, initial={"loc": -99.0}, max_steps=4)
     assert not fit.converged
     assert "max_steps=4" in fit.reason
     assert "NOT converged" in str(fit)
 
 
 def test_steps_that_run_out_say_so():
-    fit = mdn.fit_distribution("Normal", TEN, initial={"loc": -99.0}, max_steps=2)
+    fit = fit_distribution("Normal", TEN, initial={"loc": -99.0}, max_steps=2)
     assert not fit.converged
     assert "max_steps=2" in fit.reason
     assert np.isfinite(fit.nll)
@@ -238,7 +241,7 @@ def test_steps_that_run_out_say_so():
 
 def test_gradient_and_em_agree_on_a_mixture():
     y = blobs()
-    em = mdn.fit_distribution("GaussianMixture", y, components=2, method="em", tolerance=1e-9)
+    em = fit_distribution("GaussianMixture", y, components=2, method="em", tolerance=1e-9)
     gradient = mdn.fit_distribution("GaussianMixture", y, components=2, tolerance=1e-6)
     assert em.converged
     assert gradient.converged
@@ -254,7 +257,7 @@ def test_missing_entries_of_a_mixture_are_marginalised(method):
     y = blobs()
     y[:100, 0] = np.nan
     y[50:200, 1] = np.nan
-    fit = mdn.fit_distribution(DiagGaussianMixture, y, components=2, method=method, restarts=2)
+    fit = fit_distribution(DiagGaussianMixture, y, components=2, method=method, restarts=2)
     assert isinstance(fit.distribution, DiagGaussianMixture)
     assert fit.converged
     both = fit.distribution.log_prob(y).numpy()
@@ -265,7 +268,7 @@ def test_missing_entries_of_a_mixture_are_marginalised(method):
 
 def test_a_mixture_cannot_spike_on_tied_values():
     y = np.round(blobs(), 0)
-    fit = mdn.fit_distribution("GaussianMixture", y, components=3, method="em")
+    fit = fit_distribution("GaussianMixture", y, components=3, method="em")
     scale = np.linalg.svd(fit.parameters()["scale_tril"], compute_uv=False).min()
     assert scale >= 0.999 / 12**0.5  # the grid is 1
 
@@ -273,8 +276,8 @@ def test_a_mixture_cannot_spike_on_tied_values():
 def test_em_of_a_normal_with_missing_entries_is_the_gradients_optimum():
     y = normal_rows()
     y[:80, 0] = np.nan
-    em = mdn.fit_distribution("MultivariateNormalTriL", y, method="em")
-    gradient = mdn.fit_distribution("MultivariateNormalTriL", y)
+    em = fit_distribution("MultivariateNormalTriL", y, method="em")
+    gradient = fit_distribution("MultivariateNormalTriL", y)
     assert gradient.nll == pytest.approx(em.nll, abs=1e-9)
 
 
@@ -284,7 +287,7 @@ def test_em_of_a_normal_with_missing_entries_is_the_gradients_optimum():
 @pytest.mark.parametrize("method", ["gradient", "exact", "em"])
 def test_weights_are_repetitions(method):
     y, weight = normal_rows(60), np.arange(60) % 4
-    weighted = mdn.fit_distribution("MultivariateNormalTriL", y, weight=weight, method=method)
+    weighted = fit_distribution("MultivariateNormalTriL", y, weight=weight, method=method)
     repeated = np.repeat(y, weight, axis=0)
     np.testing.assert_allclose(weighted.parameters()["loc"], repeated.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(
@@ -300,7 +303,7 @@ def test_dtype_is_that_of_the_rows_unless_given(options):
         (y, None, tf.float64),
         (y.tolist(), "float32", tf.float32),
     ):
-        fit = mdn.fit_distribution("MultivariateNormalDiag", rows, dtype=dtype, **options)
+        fit = fit_distribution("MultivariateNormalDiag", rows, dtype=dtype, **options)
         assert fit.distribution.dtype == expected
 
 
@@ -347,7 +350,7 @@ Y = normal_rows(20)
         (("Normal", TEN), {"fixed": ["scale"]}, "its value is not known"),
         (("Normal", TEN), {"fixed": {"loc": 0.0, "scale": 1.0}}, "leaves no parameter"),
         (("Normal", TEN), {"dtype": "float16"}, "must be float32 or float64"),
-        (("Normal", TEN), {"batch_size": 11}, "from 1 to the 10 rows"),
+        (("Normal", TEN), {"batch_size": 11}, "there are only 10 rows"),
         (("Normal", TEN), {"restarts": 0}, "restarts=0"),
         (("MultivariateNormalTriL", Y), {"positivity": "abs"}, "positivity='abs' is unknown"),
         (
@@ -360,7 +363,7 @@ Y = normal_rows(20)
 )
 def test_options_that_cannot_work_are_one_line(arguments, options, message):
     with pytest.raises(ConfigError, match=message) as error:
-        mdn.fit_distribution(*arguments, **options)
+        fit_distribution(*arguments, **options)
     assert "\n" not in str(error.value)
 
 
@@ -377,11 +380,11 @@ def test_options_that_cannot_work_are_one_line(arguments, options, message):
         (("Normal", TEN), {"weight": -np.ones(10)}, "weights are finite and not negative"),
         (("MultivariateNormalTriL", [[1.0, 2.0], [1.5, 2.5], [2.0, 3.0]]), {}, "singular"),
         (("Gamma", [-1.0, 2.0]), {}, "Gamma"),
-        (("LogNormal", [-1.0, 2.0]), {"method": "exact"}, "undetermined"),
+        (("LogNormal", [-1.0, 2.0]), {"method": "exact"}, "LogNormal|undetermined"),
         (("Dirichlet", [[0.5, np.nan], [0.2, 0.8]]), {}, "misses parts of rows"),
     ],
 )
 def test_rows_that_cannot_be_fitted_are_one_line(arguments, options, message):
     with pytest.raises(DataError, match=message) as error:
-        mdn.fit_distribution(*arguments, **options)
+        fit_distribution(*arguments, **options)
     assert "\n" not in str(error.value)

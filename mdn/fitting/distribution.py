@@ -153,12 +153,21 @@ def fit_distribution(
     begun = time.perf_counter()
     if method not in METHODS:
         raise ConfigError(f"method={method}: must be one of {', '.join(METHODS)}")
+    counts = {
+        "batch_size": batch_size,
+        "components": components,
+        "max_steps": max_steps,
+        "restarts": restarts,
+    }
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value}: must be at least 1")
     kind = find_class(distribution)
     y, dtype = as_rows(y, dtype)
     weight = as_weight(weight, len(y))
     given, fixed = _as_values(kind, initial, fixed)
     floor: Any = np.finfo(dtype.as_numpy_dtype).eps
-    if components is not None:
+    if components is not None and issubclass(kind, density.GaussianMixture):
         floor = find_floor(y, min_scale)
     options = {"components": components, "positivity": positivity, "floor": floor}
     layout = find_layout(kind, y.shape[1:], [*given, *fixed], dtype=dtype, **options)
@@ -190,8 +199,8 @@ def fit_distribution(
                 compiled=compiled,
             )
         else:
-            if not 1 <= batch_size <= len(y):
-                raise ConfigError(f"batch_size={batch_size}: must be from 1 to the {len(y)} rows")
+            if batch_size > len(y):
+                raise ConfigError(f"batch_size={batch_size}: there are only {len(y)} rows")
             found = descend(
                 likelihood.nll,
                 start,
@@ -265,9 +274,6 @@ def _fit_em(
             f"method=em is for normals and their mixtures on y [N, D], not for {kind.__name__} "
             f"on y {list(y.shape)}: use method=gradient"
         )
-    for name, value in (("max_steps", max_steps), ("restarts", restarts)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value}: must be at least 1")
     diagonal = issubclass(kind, density.MultivariateNormalDiag | density.DiagGaussianMixture)
     found = fit_mixture(
         y,

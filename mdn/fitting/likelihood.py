@@ -109,8 +109,6 @@ class Likelihood:
             restarts: S.
             seed: of clusters, random numbers, and what the callables are given.
         """
-        if restarts < 1:
-            raise ConfigError(f"restarts={restarts}: must be at least 1")
         rng = np.random.default_rng([seed, 0x53])
         positions = []
         for i in range(restarts):
