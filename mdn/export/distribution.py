@@ -64,7 +64,7 @@ def export_distribution(
 def _trace(distribution: tfd.Distribution, shape: list[int]) -> dict[str, Any]:
     moments = {name: getattr(distribution, name) for name in ("mean", "stddev")}
 
-    @tf.function
+    @tf.function(autograph=False)
     def serving_default() -> dict[str, tf.Tensor]:
         answers = {name: _or_none(moment) for name, moment in moments.items()}
         if isinstance(distribution, Queries):
@@ -74,12 +74,12 @@ def _trace(distribution: tfd.Distribution, shape: list[int]) -> dict[str, Any]:
             answers |= {name: distribution.parameters.get(name) for name in names}
         return {k: tf.convert_to_tensor(v) for k, v in answers.items() if v is not None}
 
-    @tf.function
+    @tf.function(autograph=False)
     def log_prob(y: tf.Tensor) -> dict[str, tf.Tensor]:
         value = distribution.log_prob(tf.cast(y, distribution.dtype))
         return {"log_prob": tf.reduce_sum(tf.reshape(value, [tf.shape(value)[0], -1]), axis=-1)}
 
-    @tf.function
+    @tf.function(autograph=False)
     def sample(n: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
         if isinstance(distribution, Queries):
             return {"sample": draw(distribution.mixture_parameters(), n, seed)}

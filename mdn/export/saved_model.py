@@ -184,7 +184,7 @@ def _feature_specs(model: MDN) -> tf.TensorSpec | dict[str, tf.TensorSpec]:
 def _trace(model: MDN, features: Any) -> dict[str, Any]:
     """Return the signatures as concrete functions."""
 
-    @tf.function
+    @tf.function(autograph=False)
     def serving_default(x: Any) -> dict[str, tf.Tensor]:
         density = model(x, training=False)
         return {
@@ -193,11 +193,11 @@ def _trace(model: MDN, features: Any) -> dict[str, Any]:
             **density.mixture_parameters()._asdict(),
         }
 
-    @tf.function
+    @tf.function(autograph=False)
     def log_prob(x: Any, y: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"log_prob": model(x, training=False).log_prob(y)}
 
-    @tf.function
+    @tf.function(autograph=False)
     def sample(x: Any, n: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
         density = model(x, training=False)
         return {"sample": draw(density.mixture_parameters(), n, seed)}

@@ -66,25 +66,25 @@ def _trace(model: VAE) -> dict[str, Any]:
     latent = tf.TensorSpec([None, model.latent_size], tf.float32, "z")
     draws = tf.TensorSpec([], tf.int32, "n"), tf.TensorSpec([2], tf.int32, "seed")
 
-    @tf.function
+    @tf.function(autograph=False)
     def encode(images: tf.Tensor) -> dict[str, tf.Tensor]:
         posterior = model.posterior(images)
         return {"mean": posterior.loc, "stddev": posterior.scale_diag}
 
-    @tf.function
+    @tf.function(autograph=False)
     def decode(z: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"probabilities": model.decode(z)}
 
-    @tf.function
+    @tf.function(autograph=False)
     def sample(n: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
         probabilities, drawn = model.sample(n, seed)
         return {"probabilities": probabilities, "images": drawn}
 
-    @tf.function
+    @tf.function(autograph=False)
     def elbo(images: tf.Tensor, n: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"elbo": model.elbo(images, n, seed)}
 
-    @tf.function
+    @tf.function(autograph=False)
     def log_prob(images: tf.Tensor, n: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"log_prob": model.log_prob(images, n, seed)}
 

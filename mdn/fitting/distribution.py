@@ -188,7 +188,9 @@ def fit_distribution(
         # A line search has to see differences that float32 rounds away.
         precision = tf.float64 if batch_size is None else dtype
         layout = find_layout(kind, y.shape[1:], [*given, *fixed], dtype=precision, **options)
-        likelihood = Likelihood(kind, y, weight, layout, fixed, components, precision)
+        likelihood = Likelihood(
+            kind, y, weight, layout, fixed, components, precision, whole=batch_size is None
+        )
         start = likelihood.starts(initial, given, restarts or 1, seed)
         if batch_size is None:
             found = minimise(

@@ -14,12 +14,15 @@ import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
 from mdn.data.resolution import resolution
+from mdn.density import MultivariateNormalDiag, MultivariateNormalTriL
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError
 from mdn.fitting.checks import event_rank
 from mdn.fitting.start import cluster
 from mdn.fitting.trainable import LOCATION_SCALE, Parameter, Trainable, as_array
 
+# Whose likelihood knows of its rows nothing but their mean and covariance.
+_NORMAL = (tfd.Normal, MultivariateNormalDiag, MultivariateNormalTriL)
 # Rows whose log densities are computed at a time.
 _ROWS = 100_000
 
@@ -37,6 +40,7 @@ class Likelihood:
         fixed: name -> array, in the units of y.
         components: K, of a mixture.
         dtype: of the computation.
+        whole: the NLL is of all rows at once, never of a batch of them.
 
     Attributes:
         jacobian: the NLL in the units of y minus what `nll` returns.
@@ -51,6 +55,7 @@ class Likelihood:
         fixed: Mapping[str, np.ndarray],
         components: int | None,
         dtype: tf.DType,
+        whole: bool = True,
     ) -> None:
         self.components, self.dtype, self.layout = components, dtype, layout
         self.origin, self.unit = np.zeros(y.shape[1:]), np.ones(y.shape[1:])
@@ -65,8 +70,12 @@ class Likelihood:
         missing = np.isnan(y)
         jacobian = (~missing * np.log(self.unit)).reshape(len(y), -1).sum(axis=1)
         self.jacobian = float(weight @ jacobian / len(y))
+        rows = self.z
+        if whole and kind in _NORMAL and not missing.any():
+            rows, weight = _with_equal_moments(rows, weight), np.ones(2 * max(1, y[0].size))
+        self._size = len(rows)
         # One row more, of no weight, fills up the last mini-batch.
-        rows = np.concatenate([self.z, self.z[:1]])
+        rows = np.concatenate([rows, rows[:1]])
         counted = ~find_absent(rows, event_rank(kind, layout, dtype))  # [N + 1, *batch]
         counted = counted * np.append(weight, 0.0).reshape(-1, *[1] * (counted.ndim - 1))
         rows = rows if issubclass(kind, Queries) else fill(rows)
@@ -82,7 +91,7 @@ class Likelihood:
             batch: [B], row numbers; the sum over them is divided by B. None: all rows.
         """
         if batch is None:
-            rows, counted, size = self._rows[:-1], self._counted[:-1], len(self.z)
+            rows, counted, size = self._rows[:-1], self._counted[:-1], self._size
         else:
             rows, counted = tf.gather(self._rows, batch), tf.gather(self._counted, batch)
             size = batch.shape[0]
@@ -157,6 +166,16 @@ class Likelihood:
         if not self.affine or not (name == "loc" or name.startswith("scale")):
             return 1.0
         return self.unit[..., np.newaxis] if name == "scale_tril" else self.unit
+
+
+def _with_equal_moments(y: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Return 2 D points with the weighted mean and covariance of y [N, ..], D its columns."""
+    columns = y.reshape(len(y), -1)  # [N, D]
+    mean = np.average(columns, axis=0, weights=weight)
+    covariance = np.atleast_2d(np.cov(columns.T, aweights=weight, ddof=0))
+    values, vectors = np.linalg.eigh(covariance)
+    steps = np.sqrt(len(mean) * np.maximum(values, 0.0)) * vectors  # [D, D]
+    return np.concatenate([mean + steps.T, mean - steps.T]).reshape(-1, *y.shape[1:])
 
 
 def find_absent(y: np.ndarray, event_rank: int) -> np.ndarray:
