@@ -1,4 +1,4 @@
-.PHONY: check format test
+.PHONY: benchmarks check format test
 
 check:            ## what CI runs, in the environment at hand
 	ruff check .
@@ -12,3 +12,6 @@ format:
 
 test:             ## the fast tests alone
 	pytest -m 'not slow'
+
+benchmarks:       ## beside peers; needs the extra `benchmarks`
+	python -m benchmarks.em

@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
 def test_readme_has_its_examples():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
 def test_library_example(tmp_path, monkeypatch):
@@ -36,6 +36,16 @@ def test_library_example(tmp_path, monkeypatch):
     assert np.abs(again.predict(x, verbose=0) - y).mean() < 0.6 * np.abs(y - y.mean(0)).mean()
 
 
+def test_fitting_example(capsys):
+    rng = np.random.default_rng(0)
+    centre = rng.integers(5, size=[2000, 1]) * 6.0
+    y = centre + rng.normal(size=[2000, 2])
+    exec(BLOCKS[1], names := {"mdn": mdn, "y": y, "y_new": y[:7]})
+    assert "GaussianMixture by method=em: converged" in capsys.readouterr().out
+    loc = np.sort(names["fit"].parameters()["loc"][:, 0])
+    np.testing.assert_allclose(loc, [0.0, 6.0, 12.0, 18.0, 24.0], atol=0.3)
+
+
 def test_serving_example(tmp_path, monkeypatch):
     from mdn.export import export_saved_model
 
@@ -46,7 +56,7 @@ def test_serving_example(tmp_path, monkeypatch):
     Path("runs/first").mkdir(parents=True)
     export_saved_model(model, "runs/first/saved_model")
     names = {}
-    exec(BLOCKS[1], names)
+    exec(BLOCKS[2], names)
     served = names["model"].signatures["serving_default"](x=tf.constant([[0.5]]))
     assert set(served) == {"mean", "stddev", "logits", "loc", "scale_tril"}
     np.testing.assert_allclose(
