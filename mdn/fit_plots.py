@@ -23,7 +23,7 @@ _INK, _GREY, _BLUE, _ORANGE = "#262626", "#8c8c8c", "#31688e", "#e07b39"
 _GRID = 400
 _CELLS = 120  # of a pair, across and up
 _MOST_PAIRED = 4  # targets in the figure
-_MOST_ROWS = 4000
+_FEW_ROWS, _MOST_ROWS = 50, 4000
 _SHARES = (0.9, 0.5)  # of the mass inside of the contours
 _DRAWS = 20_000
 
@@ -121,7 +121,10 @@ def _draw_pair(
     shown = shown[~np.isnan(shown).any(axis=1)]
     drawn = draws[:, pair]
     limits = [_limits(np.concatenate([a, b])) for a, b in zip(shown.T, drawn.T, strict=True)]
-    axes.plot(*shown[:_MOST_ROWS].T, ".", color=_GREY, markersize=3, alpha=0.4, markeredgewidth=0)
+    size, alpha = (3, 0.4) if len(shown) > _FEW_ROWS else (10, 0.8)  # a few must not be overlooked
+    axes.plot(
+        *shown[:_MOST_ROWS].T, ".", color=_GREY, markersize=size, alpha=alpha, markeredgewidth=0
+    )
     edges = [np.linspace(*limit, _CELLS + 1) for limit in limits]
     centres = [0.5 * (e[1:] + e[:-1]) for e in edges]
     if isinstance(distribution, Queries):
