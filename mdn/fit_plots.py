@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from scipy.special import softmax
 from tensorflow_probability import distributions as tfd
 
+from mdn.data.splits import thin
 from mdn.density.queries import Queries
 from mdn.evaluation import Margins
 from mdn.fitting.likelihood import row_log_prob
@@ -121,10 +122,9 @@ def _draw_pair(
     shown = shown[~np.isnan(shown).any(axis=1)]
     drawn = draws[:, pair]
     limits = [_limits(np.concatenate([a, b])) for a, b in zip(shown.T, drawn.T, strict=True)]
+    shown = shown[thin(len(shown), _MOST_ROWS)]
     size, alpha = (3, 0.4) if len(shown) > _FEW_ROWS else (10, 0.8)  # a few must not be overlooked
-    axes.plot(
-        *shown[:_MOST_ROWS].T, ".", color=_GREY, markersize=size, alpha=alpha, markeredgewidth=0
-    )
+    axes.plot(*shown.T, ".", color=_GREY, markersize=size, alpha=alpha, markeredgewidth=0)
     edges = [np.linspace(*limit, _CELLS + 1) for limit in limits]
     centres = [0.5 * (e[1:] + e[:-1]) for e in edges]
     if isinstance(distribution, Queries):
