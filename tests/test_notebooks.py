@@ -44,7 +44,7 @@ def text(cells):
 
 
 def test_there_are_notebooks():
-    assert len(NOTEBOOKS) >= 1
+    assert len(NOTEBOOKS) >= 4
 
 
 @EACH
