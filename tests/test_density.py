@@ -90,6 +90,51 @@ def test_log_prob_marginalises_missing_entries(k, d, dtype, tolerance):
         assert log_prob[0] == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("missing", [False, True])
+def test_many_rows_under_one_density(batch, missing):
+    """Rows [N, .., D] under a density with fewer axes are solved for all at once."""
+    rng = np.random.default_rng(4)
+    y = rng.normal(size=[30, *[1] * len(batch), 3])
+    if missing:
+        y[:10, ..., 1] = np.nan
+    for density in all_densities(rng, batch, 2, 3):
+        each = density if not batch else density[0]
+        rows = [each[np.newaxis] for _ in y]
+        parameters = [np.repeat(p.numpy(), 30, axis=0) for p in rows[0].mixture_parameters()]
+        expected = [
+            scipy_log_prob(*row) for row in zip(*parameters, y.reshape(30, 3), strict=True)
+        ]
+        found = density.log_prob(y).numpy()
+        assert found.shape == (30, *batch)
+        np.testing.assert_allclose(found.reshape(30, -1)[:, 0], expected, rtol=1e-9)
+        if not missing:
+            np.testing.assert_allclose(density.log_prob(y, complete=True), found, rtol=1e-9)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_gradient_of_many_rows_under_one_density(complete):
+    rng = np.random.default_rng(5)
+    y = rng.normal(size=[20, 1, 2])
+    parameters = [tf.constant(p) for p in random_mixture(rng, [3], 2, 2).mixture_parameters()]
+
+    def total(*parameters):
+        return tf.reduce_sum(mdn.GaussianMixture(*parameters).log_prob(y, complete=complete))
+
+    with tf.GradientTape() as tape:
+        tape.watch(parameters)
+        value = total(*parameters)
+    gradients = tape.gradient(value, parameters)
+    direction = [tf.constant(rng.normal(size=p.shape)) for p in parameters]
+    direction[2] = tf.linalg.band_part(direction[2], -1, 0)
+    up, down = (
+        total(*(p + sign * 1e-6 * d for p, d in zip(parameters, direction, strict=True)))
+        for sign in (1.0, -1.0)
+    )
+    along = sum(tf.reduce_sum(g * d) for g, d in zip(gradients, direction, strict=True))
+    np.testing.assert_allclose(along, (up - down) / 2e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("below", [[1.0, 1e-2], [5.0, 1e-3], [300.0, 1e-2]])
 def test_rows_do_not_depend_on_their_neighbours(below):
     # a nearly singular factor, whose covariance float32 cannot decompose

@@ -30,7 +30,9 @@ def diag_log_prob(y: tf.Tensor, loc: tf.Tensor, scale_diag: tf.Tensor) -> tf.Ten
     return tf.reduce_sum(tf.where(missing, tf.zeros_like(terms), terms), axis=-1)
 
 
-def tril_log_prob(y: tf.Tensor, loc: tf.Tensor, scale_tril: tf.Tensor) -> tf.Tensor:
+def tril_log_prob(
+    y: tf.Tensor, loc: tf.Tensor, scale_tril: tf.Tensor, complete: bool = False
+) -> tf.Tensor:
     """Return log N(y; loc, scale_tril scale_tril^T) of the entries of y that are there.
 
     Only a batch that has a missing entry pays for the marginalisation.
@@ -39,6 +41,7 @@ def tril_log_prob(y: tf.Tensor, loc: tf.Tensor, scale_tril: tf.Tensor) -> tf.Ten
         y: [.., D], NaN marks a missing entry.
         loc: [.., D], broadcasts with y.
         scale_tril: [.., D, D], lower triangular with a positive diagonal.
+        complete: no entry of y is missing, and the program need not be ready for any.
 
     Returns:
         [..], nats. Zero where all D entries are missing.
@@ -48,6 +51,8 @@ def tril_log_prob(y: tf.Tensor, loc: tf.Tensor, scale_tril: tf.Tensor) -> tf.Ten
         return diag_log_prob(y, loc, scale_tril[..., 0])
     missing = tf.math.is_nan(y)
     residual = tf.where(missing, tf.zeros_like(y), y - loc)  # [.., D]
+    if complete and _is_shared(residual.shape, scale_tril.shape):
+        return _shared_log_prob(residual, scale_tril)
     if _is_shared(residual.shape, scale_tril.shape):
         return tf.cond(
             tf.reduce_any(missing),

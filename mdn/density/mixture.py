@@ -20,7 +20,8 @@ class GaussianMixture(Queries, tfd.MixtureSameFamily):
     """A mixture of K multivariate normals, a `tfd.MixtureSameFamily` built from plain tensors.
 
     Its `log_prob` marginalises NaN entries, its moments are closed forms, and as a tensor it is
-    its mean.
+    its mean. `log_prob(y, complete=True)` does not look for NaN: a smaller program, for y that has
+    none.
 
     Args:
         logits: [.., K], unnormalised log weights.
@@ -77,6 +78,11 @@ class GaussianMixture(Queries, tfd.MixtureSameFamily):
             "loc": parameter_properties.ParameterProperties(event_ndims=2),
             "scale_tril": parameter_properties.ParameterProperties(event_ndims=3),
         }
+
+    def _log_prob(self, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
+        components = self.components_distribution
+        joint = components.log_prob(y[..., tf.newaxis, :], complete=complete)  # [.., K]
+        return tf.reduce_logsumexp(joint + tf.nn.log_softmax(self.logits), axis=-1)
 
     @property
     def logits(self) -> tf.Tensor:

@@ -17,7 +17,7 @@ class MultivariateNormalDiag(Queries, tfd.MultivariateNormalDiag):
         scale_diag: [.., D], the standard deviations.
     """
 
-    def _log_prob(self, y: tf.Tensor) -> tf.Tensor:
+    def _log_prob(self, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
         check_event(y, self.loc.shape[-1])
         return diag_log_prob(y, self.loc, self.scale_diag)
 
@@ -33,14 +33,16 @@ class MultivariateNormalDiag(Queries, tfd.MultivariateNormalDiag):
 class MultivariateNormalTriL(Queries, tfd.MultivariateNormalTriL):
     """`tfd.MultivariateNormalTriL` whose `log_prob` marginalises NaN entries.
 
+    `log_prob(y, complete=True)` does not look for them: a smaller program, for y that has none.
+
     Args:
         loc: [.., D], the mean.
         scale_tril: [.., D, D], the Cholesky factor of the covariance.
     """
 
-    def _log_prob(self, y: tf.Tensor) -> tf.Tensor:
+    def _log_prob(self, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
         check_event(y, self.loc.shape[-1])
-        return tril_log_prob(y, self.loc, self.scale_tril)
+        return tril_log_prob(y, self.loc, self.scale_tril, complete)
 
     def mixture_parameters(self) -> MixtureParameters:
         return _one_component(self.loc, self.scale_tril)

@@ -82,6 +82,8 @@ class Likelihood:
         zeros = self.trainable.distribution(tf.zeros([self.trainable.size], dtype))
         self._rows = tf.cast(tf.constant(rows), zeros.dtype)
         self._counted = tf.constant(counted, dtype)
+        own = issubclass(kind, Queries)
+        self._options = {"complete": not missing.any()} if own else {}
 
     def nll(self, position: tf.Tensor, batch: tf.Tensor | None = None) -> tf.Tensor:
         """Return the NLL [S] of positions [S, P], in nats per row.
@@ -96,7 +98,7 @@ class Likelihood:
             rows, counted = tf.gather(self._rows, batch), tf.gather(self._counted, batch)
             size = batch.shape[0]
         distribution = self.trainable.distribution(position)
-        log_prob = distribution.log_prob(rows[:, tf.newaxis])  # [n, S, *batch]
+        log_prob = distribution.log_prob(rows[:, tf.newaxis], **self._options)  # [n, S, *batch]
         counted = counted[:, tf.newaxis]
         terms = tf.where(counted > 0.0, counted * log_prob, tf.zeros_like(log_prob))
         axes = [axis for axis in range(terms.shape.rank) if axis != 1]
