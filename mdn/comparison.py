@@ -106,7 +106,11 @@ class Fit:
         task = get_task(config)
         for data, seed in zip(sources, seeds, strict=True):
             tf_keras.utils.set_random_seed(seed)
-            self.model: VAE = task.build(config, data, **options)
+            tf_keras.mixed_precision.set_global_policy(config.trainer.precision)
+            try:
+                self.model: VAE = task.build(config, data, **options)
+            finally:
+                tf_keras.mixed_precision.set_global_policy("float32")
             self.starts.append(self.model.get_weights())
         steps = len(sources[0].train) // config.trainer.batch_size
         compile_model(self.model, config, steps)

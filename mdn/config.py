@@ -356,6 +356,12 @@ def check_config(config: DictConfig) -> None:
         raise ConfigError(
             "experiment=vae_mixture compares the priors of a VAE: it needs model=vae"
         )
+    if comparison is not None and "seed" not in groups["data"]:
+        raise ConfigError("comparison: needs data with a seed; comparison=null leaves it out")
+    if comparison is not None and groups["data"].get("weight") is not None:
+        raise ConfigError("comparison: takes no row weights; comparison=null leaves it out")
+    if model["_target_"] == FITTED and values["init_from"] is not None:
+        raise ConfigError("init_from: model=distribution starts from model.initial; leave it out")
     nodes = groups | {f"callbacks.{name}": node for name, node in callbacks.items()}
     nodes["comparison"] = comparison
     for name, group in nodes.items():

@@ -55,7 +55,9 @@ def estimate(config: DictConfig, overrides: list[str] | None = None) -> dict[str
     """
     directory = RunDirectory(config, overrides)
     seed_everything(config)
-    data: Data = make(config, "data").load()
+    # No feature is read, so that none can be missing.
+    options = {"missing": "indicator"} if "missing" in config.data else {}
+    data: Data = make(config, "data", **options).load()
     if data.train.y.ndim != 2:
         raise DataError("model=distribution is for rows [N, D], not for sequences: choose others")
     fit: Fit = make(config, "model", y=data.train.y, weight=data.train.weight)
@@ -161,7 +163,9 @@ def judge(fit: Fit, config: DictConfig, data: Data) -> dict[str, float]:
         errors = _errors(found, right)
         metrics |= {f"error/{name}": value for name, value in errors.items()}
         if "mean" in errors:
-            n = len(y) if weight is None else weight.sum() ** 2 / (weight**2).sum()
+            weight = np.ones(len(y)) if weight is None else weight
+            seen = ~np.isnan(y) * weight[:, np.newaxis]  # [N, D]
+            n = (seen.sum(axis=0) ** 2 / np.square(seen).sum(axis=0)).max()
             metrics["error/mean_in_se"] = errors["mean"] * float(np.sqrt(n))
         if "fit/starts" in metrics and fit.starts_parameters is not None:
             ends = type(distribution)(**fit.starts_parameters)
@@ -173,7 +177,14 @@ def judge(fit: Fit, config: DictConfig, data: Data) -> dict[str, float]:
 def _judge_on_test_rows(fit: Fit, data: Data) -> dict[str, float]:
     test = data.test
     weight = np.ones(len(test)) if test.weight is None else test.weight
+    weight = np.where(np.isnan(test.y).all(axis=1), 0.0, weight)
     log_prob = row_log_prob(fit.distribution, test.y)
+    if not np.isfinite(log_prob).all():
+        row = int(np.argmin(np.isfinite(log_prob)))
+        raise DataError(
+            f"test row {row} has probability zero under the {type(fit.distribution).__name__} "
+            "that was fitted: choose another distribution"
+        )
     metrics = {"test/n": float((weight > 0).sum())}
     metrics["test/nll"], metrics["test/nll_se"] = mean_and_error(-log_prob, weight)
     if isinstance(fit.distribution, GaussianMixture):
@@ -198,9 +209,9 @@ def _known_answer(fit: Fit, config: DictConfig, data: Data) -> Fit | None:
     method = "exact"
     if kind is MultivariateNormalTriL and np.isnan(data.train.y).any():
         method = "em"  # exact in the limit
-    if kind not in CLOSED_FORMS or fit.method == method or (method == "em" and config.fixed):
+    if kind not in CLOSED_FORMS or fit.method == method or (method == "em" and config.model.fixed):
         return None
-    initial = config.model.initial if config.fixed else None
+    initial = config.model.initial if config.model.fixed else None
     return make(
         config,
         "model",
@@ -222,18 +233,20 @@ def _moments(distribution: tfd.Distribution) -> Values:
         if name == "covariance" and not len(distribution.event_shape):
             continue
         try:
-            moments[name] = np.asarray(getattr(distribution, name)(), np.float64)
+            moment = np.asarray(getattr(distribution, name)(), np.float64)
         except NotImplementedError:
             continue
+        if np.isfinite(moment).all():  # a Cauchy has no mean
+            moments[name] = moment
     return moments
 
 
 def _errors(found: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) -> dict[str, float]:
     errors = {}
-    if "mean" in right and "stddev" in right:
+    if {"mean", "stddev"} <= {*right} & {*found}:
         errors["mean"] = np.abs(found["mean"] - right["mean"]) / right["stddev"]
         errors["stddev"] = np.abs(found["stddev"] - right["stddev"]) / right["stddev"]
-    if "covariance" in right:
+    if "covariance" in right and "covariance" in found:
         distance = np.abs(found["covariance"] - right["covariance"])
         errors["covariance"] = distance / np.abs(right["covariance"]).max()
     return {name: float(values.max()) for name, values in errors.items()}

@@ -17,7 +17,7 @@ from mdn.base import TrainedModel
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.interrupt import Interrupt
-from mdn.config import make
+from mdn.config import GENERATIVE, make
 from mdn.data.checks import check_batch_size
 from mdn.data.pipeline import evaluation_batches, training_batches
 from mdn.data.rows import Data
@@ -51,7 +51,8 @@ def train(config: DictConfig, overrides: list[str] | None = None) -> dict[str, f
     directory = RunDirectory(config, overrides)
     strategy = make(config, "strategy")
     seed_everything(config)
-    data: Data = make(config, "data").load()
+    ignored = config.model._target_ == GENERATIVE and "missing" in config.data
+    data: Data = make(config, "data", **({"missing": "indicator"} if ignored else {})).load()
     check_batch_size(len(data.train), config.trainer.batch_size)
     with strategy.scope():
         model = build_model(config, data)
@@ -230,7 +231,7 @@ def finish(
         "model/parameters": model.count_params(),
     }
     task.export(model, directory / "saved_model", data.targets)
-    if "comparison" in config:
+    if config.get("comparison") is not None:
         metrics |= make(config, "comparison")(config)
     directory.write_json("provenance.json", provenance(config, data.fingerprint()))
     directory.write_json("metrics.json", metrics)

@@ -117,6 +117,8 @@ def test_trainer_options_are_checked():
         (["experiment=mle_univariate", "fixed=scale"], "fixed=scale: must be a valid list, such"),
         (["experiment=points_3d", "model.method=mle"], "model.method=mle: must be 'gradient'"),
         (["data=gaussians", "data.weights=[0]"], "data.weights.0=0: must be greater than 0"),
+        (["model=distribution", "init_from=x"], "init_from: model=distribution starts from"),
+        (["experiment=vae_mixture", "data=points"], "comparison: needs data with a seed"),
         (["model=vae", "model.prior=foo"], "model.prior=foo: must be 'mixture' or 'normal'"),
         (["experiment=none"], "experiment=none: there is no such experiment"),
         (["trainer=3"], "trainer=3: Config group override must be a string"),

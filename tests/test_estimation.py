@@ -12,6 +12,7 @@ from scipy import stats
 
 import mdn
 from mdn.config import FITTED, compose_config, config_dir, make
+from mdn.data.rows import Data, Rows
 from mdn.errors import DataError, RunError
 from mdn.estimation import estimate, judge
 from mdn.export.distribution import export_distribution
@@ -179,6 +180,36 @@ def test_sequences_are_refused(run, tmp_path):
     with pytest.raises(DataError, match="not for sequences"):
         run("model=distribution", "data=npz", f"data.path={tmp_path}/s.npz")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["Cauchy", "Laplace"])
+def test_moments_that_do_not_exist_are_left_out(run, tmp_path, name):
+    metrics = run(
+        "experiment=make_trainable_normal", f"model.distribution={name}", "model.initial=null"
+    )
+    assert ("fit/mean/y" in metrics) == (name == "Laplace")
+    assert (tmp_path / "run" / "metrics.json").is_file()
+
+
+def test_a_test_row_that_cannot_be_is_named():
+    train, test = (Rows(np.zeros([2, 0]), np.array(y)) for y in ([[1.0], [2.0]], [[1.0], [-1.0]]))
+    data = Data(train, train, test, (), ("y",))
+    fit = mdn.fit_distribution("Exponential", train.y, method="exact")
+    with pytest.raises(DataError, match="test row 1 has probability zero under the Exponential"):
+        judge(fit, compose_config(["model=distribution"]), data)
+
+
+def test_missing_features_do_not_matter(run, tmp_path):
+    rows = [f"{'' if i % 7 == 0 else i},{i % 5}" for i in range(60)]
+    (tmp_path / "a.csv").write_text("\n".join(["x,y", *rows]) + "\n")
+    options = ["data=csv", f"data.path={tmp_path}/a.csv", "data.targets=[y]"]
+    assert run("model=distribution", "model.distribution=Poisson", *options)["test/n"] > 0
+
+
+def test_fixed_in_the_model_is_fixed_in_the_answer():
+    metrics = answer("experiment=mle_univariate", "model.fixed=[loc]")
+    assert metrics["fit/mean/y"] == metrics["answer/mean/y"] == -10.0
+    assert metrics["error/stddev"] < 1e-3
 
 
 def test_a_fit_that_fails_leaves_nothing_behind(run, tmp_path):

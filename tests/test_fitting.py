@@ -134,6 +134,46 @@ def test_location_scale_families_are_fitted_in_any_unit():
     assert other.nll == pytest.approx(one.nll + np.log(1e5), abs=1e-6)
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_scale_families_are_fitted_in_any_unit(unit):
+    rng = np.random.default_rng(0)
+    for name, y in (
+        ("HalfNormal", np.abs(rng.standard_normal(500))),
+        ("Weibull", rng.weibull(1.7, 500)),
+    ):
+        one, fit = fit_distribution(name, y), fit_distribution(name, unit * y)
+        assert fit.converged
+        assert fit.nll == pytest.approx(one.nll + np.log(unit), abs=1e-6)
+
+
+@pytest.mark.parametrize("initial", [{"scale": 1e8}, {"loc": 1e8, "scale": 1.0}, {"loc": 1e3}])
+def test_far_starts_do_not_pass_for_optima(initial):
+    """By a great scale the gradient vanishes, wherever it is."""
+    y = np.random.default_rng(1).standard_normal(500)
+    fit = fit_distribution("Normal", y, initial=initial)
+    exact = fit_distribution("Normal", y, method="exact")
+    assert fit.nll < exact.nll + 1e-6 or not fit.converged
+
+
+def test_rows_of_no_weight_have_no_part():
+    rng = np.random.default_rng(0)
+    y = blobs(300)
+    weight = np.concatenate([np.ones(300), np.zeros(60)])
+    more = np.concatenate([y, rng.normal(1e6, 1.0, (30, 2)), np.full((30, 2), np.nan)])
+    for options in ({"method": "em"}, {}):
+        one, two = (
+            fit_distribution("GaussianMixture", rows, components=2, weight=w, **options)
+            for rows, w in ((y, None), (more, weight))
+        )
+        assert two.nll == pytest.approx(one.nll, abs=1e-12)
+
+
+def test_a_fixed_parameter_needs_no_unconstrained_form():
+    y = np.random.default_rng(0).binomial(5, 0.3, 400).astype(float)
+    fit = fit_distribution("Binomial", y, fixed={"total_count": 5.0}, initial={"probs": 0.5})
+    assert fit.parameters()["probs"] == pytest.approx(y.mean() / 5, rel=1e-5)
+
+
 def test_separate_normals_at_once():
     y = np.random.default_rng(0).normal([1.0, -2.0, 5.0], [1.0, 3.0, 0.1], (300, 3))
     y[:50, 1] = np.nan
@@ -222,6 +262,20 @@ def test_mini_batches_end_near_the_optimum():
     assert np.abs(error).max() * (2 * len(y)) ** 0.5 < 0.5
 
 
+@pytest.mark.parametrize("batch_size", [6, 10])
+def test_mini_batches_as_large_as_the_data(batch_size):
+    fit = fit_distribution("Normal", TEN, batch_size=batch_size)
+    assert fit.converged, fit
+    assert fit.parameters()["loc"] == pytest.approx(TEN.mean(), abs=0.1 * TEN.std())
+
+
+def test_mini_batches_of_sorted_rows():
+    y = np.sort(np.random.default_rng(0).standard_normal(20_000))
+    fit = fit_distribution("Normal", y, batch_size=2000, initial={"loc": 1.0, "scale": 2.0})
+    assert fit.converged, fit
+    assert abs(fit.parameters()["loc"] - y.mean()) * len(y) ** 0.5 < 0.5 * y.std()
+
+
 def test_mini_batches_that_run_out_of_steps_say_so():
     fit = fit_distribution("Normal", TEN, batch_size=5, initial={"loc": -99.0}, max_steps=4)
     assert not fit.converged
@@ -260,10 +314,19 @@ def test_missing_entries_of_a_mixture_are_marginalised(method):
     fit = fit_distribution(DiagGaussianMixture, y, components=2, method=method, restarts=2)
     assert isinstance(fit.distribution, DiagGaussianMixture)
     assert fit.converged
-    both = fit.distribution.log_prob(y).numpy()
-    assert fit.nll == pytest.approx(-both.mean(), abs=1e-9)
+    seen = ~np.isnan(y).all(axis=1)  # a row of which nothing is observed has no part in the mean
+    assert 0 < seen.sum() < len(y)
+    log_prob = fit.distribution.log_prob(y[seen]).numpy()
+    assert fit.nll == pytest.approx(-log_prob.mean(), abs=1e-9)
     loc = np.sort(fit.parameters()["loc"][:, 0])
     np.testing.assert_allclose(loc, [-2.0, 2.0], atol=0.4)
+
+
+def test_a_coarse_grid_is_fitted_by_gradient_too():
+    y = np.random.default_rng(0).integers(0, 3, (300, 1)).astype(float)
+    fit = fit_distribution("GaussianMixture", y, components=3)
+    assert np.isfinite(fit.nll)
+    assert fit.parameters()["scale_tril"].min() >= 0.999 / 12**0.5
 
 
 def test_a_mixture_cannot_spike_on_tied_values():
@@ -344,7 +407,7 @@ Y = normal_rows(20)
         (("Normal", TEN), {"method": "exact", "batch_size": 2}, "exact takes no batch_size"),
         (("Normal", TEN), {"initial": {"lok": 1.0}}, "lok is no parameter of Normal"),
         (("Normal", TEN), {"initial": "zeros"}, "initial=zeros"),
-        (("Normal", TEN), {"initial": {"scale": -1.0}}, "outside of its domain"),
+        (("Normal", TEN), {"initial": {"scale": -1.0}}, "scale=-1.0: must be positive"),
         (("Normal", TEN), {"initial": {"loc": [1.0, 2.0]}}, r"must be numbers of shape \[\]"),
         (("Normal", TEN), {"initial": {"loc": np.inf}}, "must be finite"),
         (("Normal", TEN), {"fixed": ["scale"]}, "its value is not known"),
@@ -358,7 +421,24 @@ Y = normal_rows(20)
             {"initial": {"covariance": [[1.0, 2.0], [2.0, 1.0]]}},
             "not positive definite",
         ),
-        (("Uniform", TEN), {}, "Uniform cannot be learned"),
+        (
+            ("MultivariateNormalTriL", Y),
+            {"initial": {"covariance": [[1.0, 0.5], [0.2, 1.0]]}},
+            "not symmetric",
+        ),
+        (("MultivariateNormalTriL", Y), {"initial": {"scale_tril": np.ones((2, 2))}}, "triang"),
+        (("Gamma", TEN), {"initial": {"concentration": -1.0}}, "outside of its domain"),
+        (("Normal", TEN), {"initial": [1.0]}, "values by name, a callable, or random"),
+        (("Normal", TEN), {"fixed": 3}, "values by name, or names"),
+        (("Normal", TEN), {"restarts": 2.5}, "restarts=2.5: must be an integer"),
+        (("Normal", TEN), {"seed": -1}, "seed=-1: must be an integer, and at least 0"),
+        (("Normal", TEN), {"tolerance": 0.0}, "tolerance=0.0: must be a positive number"),
+        (("Normal", TEN), {"learning_rate": np.nan}, "learning_rate=nan: must be a positive"),
+        (("Uniform", TEN), {}, "Uniform cannot be learned.* high; give its value as fixed"),
+        (("Deterministic", TEN), {}, "Deterministic|no gradient"),
+        (("Categorical", TEN), {}, "Categorical cannot be learned"),
+        (("MultivariateNormalLinearOperator", Y), {}, "cannot be learned"),
+        (("JointDistributionNamed", Y), {}, "cannot be learned"),
     ],
 )
 def test_options_that_cannot_work_are_one_line(arguments, options, message):
@@ -372,6 +452,13 @@ def test_options_that_cannot_work_are_one_line(arguments, options, message):
     [
         (("Normal", ["a"]), {}, "not numeric"),
         (("Normal", []), {}, "give .* with rows"),
+        (("Normal", [[1.0], [2.0, 3.0]]), {}, "unequal length"),
+        (("Normal", [1.0, 1.0, 5.0]), {"weight": [1.0, 1.0, 0.0]}, "y is constant"),
+        (("Normal", [np.nan, np.nan]), {}, "missing in every row"),
+        (("Bernoulli", [0.7, 0.0]), {}, "y is 0.7 in row 0, which no Bernoulli can be"),
+        (("Bernoulli", [0.0, 2.0]), {}, "y is 2 in row 1"),
+        (("Poisson", [1.0, 0.5]), {"method": "exact"}, "y is 0.5 in row 1"),
+        (("Geometric", [1.0, -1.0]), {}, "y is -1 in row 1"),
         (("Normal", [1.0, np.inf]), {}, "infinite in row 1"),
         (("Normal", [2.0, 2.0]), {}, "y is constant"),
         (("Normal", [[1.0, 2.0], [3.0, 2.0]]), {}, r"constant in column \[1\]"),
@@ -379,7 +466,7 @@ def test_options_that_cannot_work_are_one_line(arguments, options, message):
         (("Normal", TEN), {"weight": np.ones(3)}, "weight has 3 entries but y 10 rows"),
         (("Normal", TEN), {"weight": -np.ones(10)}, "weights are finite and not negative"),
         (("MultivariateNormalTriL", [[1.0, 2.0], [1.5, 2.5], [2.0, 3.0]]), {}, "singular"),
-        (("Gamma", [-1.0, 2.0]), {}, "Gamma"),
+        (("Gamma", [-1.0, 2.0]), {}, "Gamma gives no start a finite NLL|outside of the domain"),
         (("LogNormal", [-1.0, 2.0]), {"method": "exact"}, "LogNormal|undetermined"),
         (("Dirichlet", [[0.5, np.nan], [0.2, 0.8]]), {}, "misses parts of rows"),
     ],

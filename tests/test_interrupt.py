@@ -38,6 +38,11 @@ def test_second_one_acts_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_one_after_the_last_batch_is_not_lost():
+    with pytest.raises(KeyboardInterrupt), Interrupt():
+        press()
+
+
 def test_leaves_the_handlers_of_others_alone():
     pressed = []
 

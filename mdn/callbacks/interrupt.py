@@ -33,14 +33,15 @@ class Interrupt(tf_keras.callbacks.Callback):
                 signal.signal(signal.SIGINT, self._handle)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, *error: object) -> None:
         if self._before is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._before)
         self._before = None
+        if kind is None:
+            self._stop_here()  # it came after the last batch
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._waiting:
-            raise KeyboardInterrupt
+        self._stop_here()
         self._waiting = True
 
     def _stop_here(self) -> None:

@@ -5,6 +5,7 @@ Shape letters: N rows, D event size.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,17 @@ from mdn.density.queries import Queries
 from mdn.errors import ConfigError, DataError
 from mdn.fitting.trainable import LOCATION_SCALE, Parameter
 
+# Of whole numbers, though their dtype is a floating one.
+_COUNTS = (
+    tfd.Poisson,
+    tfd.NegativeBinomial,
+    tfd.Geometric,
+    tfd.Binomial,
+    tfd.BetaBinomial,
+    tfd.Multinomial,
+    tfd.DirichletMultinomial,
+)
+
 
 def as_rows(y: Any, dtype: Any) -> tuple[np.ndarray, tf.DType]:
     """Return rows in float64, and the dtype to fit them in: by default their own.
@@ -26,7 +38,10 @@ def as_rows(y: Any, dtype: Any) -> tuple[np.ndarray, tf.DType]:
         ConfigError: the dtype is neither float32 nor float64.
         DataError: y is not numeric, has no rows, or an infinite entry.
     """
-    y = np.asarray(y)
+    try:
+        y = np.asarray(y)
+    except ValueError as error:
+        raise DataError("y has rows of unequal length: give [N] or [N, D]") from error
     if y.dtype.kind not in "biuf":
         raise DataError(f"y is of type {y.dtype}, not numeric: convert it to floats")
     if y.ndim == 0 or not y.size:
@@ -41,6 +56,25 @@ def as_rows(y: Any, dtype: Any) -> tuple[np.ndarray, tf.DType]:
     if dtype not in (tf.float32, tf.float64):
         raise ConfigError(f"dtype={dtype.name}: must be float32 or float64")
     return y.astype(np.float64), dtype
+
+
+def check_options(counts: Mapping[str, Any], positive: Mapping[str, Any], seed: Any) -> None:
+    """Check the numbers among the options: counts, positive ones, and the seed.
+
+    Raises:
+        ConfigError: one is of another type, or out of its range.
+    """
+    for name, value in {**counts, "seed": seed}.items():
+        least = 0 if name == "seed" else 1
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+            raise ConfigError(f"{name}={value!r}: must be an integer, and at least {least}")
+    for name, value in positive.items():
+        if value is None:
+            continue
+        if not isinstance(value, numbers.Real) or not 0.0 < float(value) < float("inf"):
+            raise ConfigError(f"{name}={value!r}: must be a positive number")
 
 
 def as_weight(weight: Any, rows: int) -> np.ndarray:
@@ -66,15 +100,24 @@ def check_entries(
     """Check that no column is empty, and that what is missing can be marginalised.
 
     Raises:
+        ConfigError: the class has no distribution of this shape.
         DataError: a column is missing in every row, or a part of a row that only normals and
-            their mixtures can do without.
+            their mixtures can do without, or a count is no whole number.
     """
     missing = np.isnan(y)
     if (empty := missing.all(axis=0)).any():
         raise DataError(f"y is missing in every row{_column(empty)}: leave it out")
+    one = example(kind, layout, dtype)
+    event = len(one.event_shape)
+    if one.dtype.is_integer or kind in _COUNTS:
+        odd = ~missing & ((y != np.round(y)) | (y < 0))
+        if kind is tfd.Bernoulli:
+            odd |= y > 1
+        if odd.any():
+            row = int(np.argwhere(odd)[0][0])
+            raise DataError(f"y is {y[odd][0]:g} in row {row}, which no {kind.__name__} can be")
     if issubclass(kind, Queries) or not missing.any():
         return
-    event = event_rank(kind, layout, dtype)
     if event:
         rows = missing.reshape(*missing.shape[: missing.ndim - event], -1)
         if (rows.any(axis=-1) & ~rows.all(axis=-1)).any():
@@ -109,12 +152,20 @@ def check_determined(
             )
 
 
-def event_rank(
+def example(
     kind: type[tfd.Distribution], layout: Mapping[str, Parameter], dtype: tf.DType
-) -> int:
-    """Return the number of axes of one draw."""
-    zeros = {n: p.forward(tf.zeros(p.raw, dtype)) for n, p in layout.items()}
-    return len(kind(**zeros).event_shape)
+) -> tfd.Distribution:
+    """Return the distribution of zeros in unconstrained units, for its shapes and dtype.
+
+    Raises:
+        ConfigError: there is none, as the parameters of its layout do not suffice.
+    """
+    try:
+        return kind(**{n: p.forward(tf.zeros(p.raw, dtype)) for n, p in layout.items()})
+    except (TypeError, ValueError, AttributeError, tf.errors.OpError) as error:
+        raise ConfigError(
+            f"{kind.__name__} cannot be learned: {', '.join(layout)} do not make one"
+        ) from error
 
 
 def _column(where: np.ndarray) -> str:

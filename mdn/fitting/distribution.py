@@ -17,7 +17,13 @@ from tensorflow_probability import distributions as tfd
 from mdn import density
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError, DataError
-from mdn.fitting.checks import as_rows, as_weight, check_determined, check_entries
+from mdn.fitting.checks import (
+    as_rows,
+    as_weight,
+    check_determined,
+    check_entries,
+    check_options,
+)
 from mdn.fitting.em import fit_mixture
 from mdn.fitting.exact import fit_exact
 from mdn.fitting.gradient import descend, minimise
@@ -36,12 +42,13 @@ class Fit:
         distribution: in the units of the rows; of the class that was asked for.
         nll: nats per row, the mean over the rows.
         method: "gradient", "exact" or "em".
-        steps: of the minimisation, or of EM; 0 for a closed form.
+        steps: of the minimisation, or of EM once it has chosen its start; 0 for a closed form.
         converged: whether the convergence criterion was met.
         reason: why the fit ended, in words.
         seconds: wall time, compilation included.
-        gradient_norm: greatest entry of the gradient by the unconstrained parameters, in
-            standardised units where the class allows them.
+        gradient_norm: greatest entry of the gradient by the unconstrained numbers, each times
+            its number where that is greater than one; in standardised units of y where the class
+            allows them.
         history: the NLL as the fit went on.
         starts: [S], the final NLL of each start of method="gradient".
         starts_converged: [S].
@@ -126,22 +133,23 @@ def fit_distribution(
         weight: [N], not negative.
         batch_size: rows in a mini-batch; None: all rows in every step.
         learning_rate: Adam's, for mini-batches.
-        tolerance: of the criterion of convergence. Full batch: no entry of the gradient is
+        tolerance: of the criterion of convergence. Full batch: `Fit.gradient_norm` is not
             greater (default 1e-7; of mixtures 1e-5). EM: a step gains less, in nats
             per row (default 1e-6). Mini-batches need none: the gradient over all rows must be
             within a tenth of its standard errors from zero.
-        max_steps: the end in any case (default 1,000; mini-batches: 100 epochs).
+        max_steps: the end in any case (default 1,000; mini-batches: 100 epochs, or 5,000 steps).
         restarts: number of starts (default 1; EM 10, of which the best goes on after a trial).
             Those after the first are random, or other clusters. The best answer is returned.
         positivity: what makes scales of normals and their mixtures positive: "softplus", "exp" or
             "elu" (1 + ELU).
-        min_scale: the floor of a mixture's scales, as a share of each target's standard
+        min_scale: the floor of a mixture's scales (EM: the roots of the covariances' eigenvalues;
+            gradient: the diagonal of `scale_tril`), as a share of each target's standard
             deviation; where values repeat on a grid of step d, at least d / sqrt(12). Without it
             a component could shrink onto one row.
         dtype: of the parameters, and of the computation on mini-batches; by default that of y,
             or else float64. Other computations are in float64.
         seed: of starts, clusters and the order of mini-batches.
-        compiled: run as XLA programs.
+        compiled: the likelihood and its gradient, or an epoch of mini-batches, are XLA programs.
 
     Returns:
         The fit. Where it did not converge it says so: see `Fit.converged` and `Fit.reason`.
@@ -153,24 +161,31 @@ def fit_distribution(
     begun = time.perf_counter()
     if method not in METHODS:
         raise ConfigError(f"method={method}: must be one of {', '.join(METHODS)}")
-    counts = {
-        "batch_size": batch_size,
-        "components": components,
-        "max_steps": max_steps,
-        "restarts": restarts,
-    }
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value}: must be at least 1")
+    check_options(
+        {
+            "batch_size": batch_size,
+            "components": components,
+            "max_steps": max_steps,
+            "restarts": restarts,
+        },
+        {"tolerance": tolerance, "learning_rate": learning_rate, "min_scale": min_scale},
+        seed,
+    )
     kind = find_class(distribution)
     y, dtype = as_rows(y, dtype)
     weight = as_weight(weight, len(y))
+    # What nobody weighs or saw has no part in scaling, clusters, checks or means.
+    counted = (weight > 0) & ~np.isnan(y).reshape(len(y), -1).all(axis=1)
+    if not counted.any():
+        raise DataError("y is missing in every row: there is nothing to fit")
+    y, weight = y[counted], weight[counted]
     given, fixed = _as_values(kind, initial, fixed)
     floor: Any = np.finfo(dtype.as_numpy_dtype).eps
     if components is not None and issubclass(kind, density.GaussianMixture):
         floor = find_floor(y, min_scale)
     options = {"components": components, "positivity": positivity, "floor": floor}
-    layout = find_layout(kind, y.shape[1:], [*given, *fixed], dtype=dtype, **options)
+    named = [*given, *fixed]
+    layout = find_layout(kind, y.shape[1:], named, list(fixed), dtype=dtype, **options)
     fixed = {name: as_array(name, value, layout[name]) for name, value in fixed.items()}
     check_entries(kind, y, layout, dtype)
     check_determined(kind, y, fixed)
@@ -187,9 +202,17 @@ def fit_distribution(
     else:
         # A line search has to see differences that float32 rounds away.
         precision = tf.float64 if batch_size is None else dtype
-        layout = find_layout(kind, y.shape[1:], [*given, *fixed], dtype=precision, **options)
+        layout = find_layout(kind, y.shape[1:], named, list(fixed), dtype=precision, **options)
         likelihood = Likelihood(
-            kind, y, weight, layout, fixed, components, precision, whole=batch_size is None
+            kind,
+            y,
+            weight,
+            layout,
+            fixed,
+            components,
+            precision,
+            floor=floor,
+            whole=batch_size is None,
         )
         start = likelihood.starts(initial, given, restarts or 1, seed)
         if batch_size is None:
@@ -209,14 +232,14 @@ def fit_distribution(
                 len(y),
                 batch_size=batch_size,
                 learning_rate=learning_rate,
-                max_steps=max_steps or 100 * (len(y) // batch_size),
+                max_steps=max_steps or max(5000, 100 * (len(y) // batch_size)),
                 seed=seed,
                 compiled=compiled,
             )
         if not np.isfinite(found.nll).any():
             raise DataError(
-                f"{kind.__name__} gives no start a finite NLL: are all rows in its domain? "
-                "If they are, give initial values"
+                f"{kind.__name__} gives no start a finite NLL: rows outside of its domain, or "
+                f"fixed values that cannot be ({', '.join(fixed) or 'none'})? Else give initial"
             )
         best = int(np.nanargmin(np.where(np.isfinite(found.nll), found.nll, np.inf)))
         ends = likelihood.parameters(found.position)
@@ -241,8 +264,14 @@ def _as_values(
     kind: type[tfd.Distribution], initial: Any, fixed: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the initial values and the fixed values, by the names that the class has."""
-    if isinstance(initial, str) and initial != "random":
+    if not (
+        initial in (None, "random")
+        if isinstance(initial, str | None)
+        else (isinstance(initial, Mapping) or callable(initial))
+    ):
         raise ConfigError(f"initial={initial}: must be values by name, a callable, or random")
+    if not isinstance(fixed, Mapping | Sequence):
+        raise ConfigError(f"fixed={fixed}: must be values by name, or names")
     given = resolve_names(initial, kind) if isinstance(initial, Mapping) else {}
     if isinstance(fixed, Mapping):
         return given, resolve_names(fixed, kind)

@@ -14,6 +14,8 @@ import tensorflow as tf
 import tf_keras
 from scipy import optimize
 
+from mdn.errors import ConfigError
+
 Objective = Callable[..., tf.Tensor]
 """Positions [S, P] (and rows) to the NLL [S], the mean over the rows in nats."""
 
@@ -22,6 +24,7 @@ Objective = Callable[..., tf.Tensor]
 _SHARE_OF_ERROR = 0.1
 _LEAST_RATE = 1e-3  # of the first learning rate
 _PATIENCE = 3  # epochs
+_FEWEST_BATCHES = 20  # of which a standard error is taken
 
 
 class Minimum(NamedTuple):
@@ -44,7 +47,8 @@ def minimise(
     Args:
         objective: positions [1, P] to [1].
         start: [S, P].
-        tolerance: a start has converged when no entry of its gradient is greater.
+        tolerance: a start has converged when no entry of its gradient is greater, times its
+            number where that is greater than one.
         max_steps: of a start, the end in any case.
         compiled: the objective and its gradient are one XLA program.
 
@@ -57,7 +61,10 @@ def minimise(
         with tf.GradientTape() as tape:
             tape.watch(position)
             nll = objective(position[tf.newaxis])[0]
-        return nll, tape.gradient(nll, position)
+        gradient = tape.gradient(nll, position)
+        if gradient is None:
+            raise ConfigError("this distribution has no gradient by its parameters")
+        return nll, gradient
 
     def evaluate(position: np.ndarray) -> tuple[float, np.ndarray]:
         nll, gradient = nll_and_gradient(tf.constant(position, start.dtype))
@@ -70,11 +77,14 @@ def minimise(
     steps = [len(end.history) - 1 for end in ends]
     best = int(np.argmin(np.where(np.isfinite(nll), nll, np.inf)))
     if converged[best]:
-        reason = f"no entry of the gradient is greater than {tolerance:.2g}"
+        reason = f"the gradient is not greater than {tolerance:.2g}"
     elif steps[best] >= max_steps:
         reason = f"stopped after max_steps={max_steps}: give it more, or a better start"
     else:
-        reason = f"no way down was found at a gradient of {norm[best]:.2g}: is y scaled well?"
+        reason = (
+            f"no way down was found at a gradient of {norm[best]:.2g}: the likelihood may have a "
+            "kink there, or no bound"
+        )
     position = np.stack([end.position for end in ends]).astype(start.dtype)
     return Minimum(position, nll, norm, converged, steps[best], reason, ends[best].history)
 
@@ -95,19 +105,30 @@ def _minimise_one(
     position = position.astype(np.float64)
     nll, gradient = evaluate(position)
     history = [nll]
+    last = [position, gradient]  # the newest evaluation: that of a step, when the step is over
+
+    def remember(at: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = evaluate(at)
+        last[:] = [at.copy(), slope]
+        return value, slope
+
+    def stop_at_optimum(intermediate_result: optimize.OptimizeResult) -> None:
+        history.append(float(intermediate_result.fun))
+        if np.array_equal(last[0], intermediate_result.x) and _norm(*last) <= tolerance:
+            raise StopIteration
+
     # Where the line search gives up, steepest descent begins anew: as long as that helps.
     while np.isfinite(nll) and len(history) <= max_steps:
-        norm = float(np.abs(gradient).max())
-        if norm <= tolerance:
+        if _norm(position, gradient) <= tolerance:
             break
         found = optimize.minimize(
-            evaluate,
+            remember,
             position,
             jac=True,
             method="L-BFGS-B",
-            callback=lambda intermediate_result: history.append(intermediate_result.fun),
+            callback=stop_at_optimum,
             options={
-                "gtol": tolerance,
+                "gtol": 0.0,
                 "ftol": 0.0,
                 "maxiter": max_steps - len(history) + 1,
                 "maxfun": 20 * max_steps,
@@ -117,10 +138,19 @@ def _minimise_one(
         progress = nll - found.fun
         if not progress > 0.0:
             break
-        position, nll, gradient = found.x, found.fun, found.jac
+        position, nll = found.x, float(found.fun)
+        gradient = evaluate(position)[1]
         if progress < 1e-14 * abs(nll):
             break
-    return _End(position, nll, float(np.abs(gradient).max()), history)
+    return _End(position, nll, _norm(position, gradient), history)
+
+
+def _norm(position: np.ndarray, gradient: np.ndarray) -> float:
+    """Return the greatest entry of a gradient [P], relative to numbers greater than one.
+
+    The gradient by a great number vanishes far from any optimum, in proportion to it.
+    """
+    return float((np.abs(gradient) * np.maximum(1.0, np.abs(position))).max())
 
 
 def descend(
@@ -187,15 +217,19 @@ def descend(
             terms = (nll, gradient, tf.square(gradient))
             return (i + 1, *(a + b for a, b in zip(sums, terms, strict=True)))
 
-        n = rows / batch_size  # the last batch may be in part rows that count nothing
+        n = rows / order.shape[1]  # the last batch may be in part rows that count nothing
         zeros = (tf.zeros_like(at[:, 0]), tf.zeros_like(at), tf.zeros_like(at))
         sums = tf.while_loop(lambda i, *_: i < order.shape[0], step, [0, *zeros])[1:]
         nll, mean, square = (s / n for s in sums)
         return nll, mean, tf.sqrt(tf.maximum(square - tf.square(mean), 0.0) / n)
 
     rng = np.random.default_rng([seed, 0x47])
-    numbers = np.arange(math.ceil(rows / batch_size) * batch_size, dtype=np.int32)
-    every = np.minimum(numbers, rows).reshape(-1, batch_size)
+    # All rows, in batches that are enough for a standard error and of no order of the file's;
+    # the last one is filled up with rows that count nothing.
+    size = max(1, min(batch_size, rows // _FEWEST_BATCHES))
+    numbers = np.full(math.ceil(rows / size) * size, rows, np.int32)
+    numbers[:rows] = rng.permutation(rows)
+    every = numbers.reshape(-1, size)
     history: list[float] = []
     best = np.full(len(start), np.inf)
     steps, since, reason = 0, 0, f"stopped after max_steps={max_steps}: give it more"
@@ -225,7 +259,7 @@ def descend(
     converged = share <= _SHARE_OF_ERROR
     if converged.all():
         reason = f"the gradient is within {share.max():.2g} of its standard errors from zero"
-    norm = np.abs(gradient).max(axis=-1)
+    norm = np.array([_norm(*pair) for pair in zip(average, gradient, strict=True)])
     return Minimum(average, nll, norm, converged, steps, reason, history)
 
 

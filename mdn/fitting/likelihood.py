@@ -17,9 +17,9 @@ from mdn.data.resolution import resolution
 from mdn.density import MultivariateNormalDiag, MultivariateNormalTriL
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError
-from mdn.fitting.checks import event_rank
+from mdn.fitting.checks import example
 from mdn.fitting.start import cluster
-from mdn.fitting.trainable import LOCATION_SCALE, Parameter, Trainable, as_array
+from mdn.fitting.trainable import LOCATION_SCALE, SCALE, Parameter, Trainable, as_array
 
 # Whose likelihood knows of its rows nothing but their mean and covariance.
 _NORMAL = (tfd.Normal, MultivariateNormalDiag, MultivariateNormalTriL)
@@ -30,7 +30,8 @@ _ROWS = 100_000
 class Likelihood:
     """The NLL of rows under a class of distributions, and where its minimisation may start.
 
-    Location-scale families are learned in units of the columns' means and standard deviations.
+    Location-scale families are learned in units of the columns' means and standard deviations,
+    scale families in those of the latter.
 
     Args:
         kind: the class.
@@ -40,6 +41,7 @@ class Likelihood:
         fixed: name -> array, in the units of y.
         components: K, of a mixture.
         dtype: of the computation.
+        floor: [D], the smallest scales of a mixture, in standardised units.
         whole: the NLL is of all rows at once, never of a batch of them.
 
     Attributes:
@@ -55,14 +57,18 @@ class Likelihood:
         fixed: Mapping[str, np.ndarray],
         components: int | None,
         dtype: tf.DType,
+        floor: Any = 0.0,
         whole: bool = True,
     ) -> None:
         self.components, self.dtype, self.layout = components, dtype, layout
         self.origin, self.unit = np.zeros(y.shape[1:]), np.ones(y.shape[1:])
-        self.affine = issubclass(kind, LOCATION_SCALE)
+        self.floor = floor
+        self.affine = issubclass(kind, (*LOCATION_SCALE, *SCALE))
         if self.affine:
-            self.origin, spread = np.nanmean(y, axis=0), np.nanstd(y, axis=0)
+            spread = np.nanstd(y, axis=0)
             self.unit = np.where(spread > 0.0, spread, 1.0)
+        if issubclass(kind, LOCATION_SCALE):
+            self.origin = np.nanmean(y, axis=0)
         held = {name: self._standardise(name, value) for name, value in fixed.items()}
         self.trainable = Trainable(kind, layout, held, dtype)
         self.z = (y - self.origin) / self.unit
@@ -76,7 +82,8 @@ class Likelihood:
         self._size = len(rows)
         # One row more, of no weight, fills up the last mini-batch.
         rows = np.concatenate([rows, rows[:1]])
-        counted = ~find_absent(rows, event_rank(kind, layout, dtype))  # [N + 1, *batch]
+        event_rank = len(example(kind, layout, dtype).event_shape)
+        counted = ~find_absent(rows, event_rank)  # [N + 1, *batch]
         counted = counted * np.append(weight, 0.0).reshape(-1, *[1] * (counted.ndim - 1))
         rows = rows if issubclass(kind, Queries) else fill(rows)
         zeros = self.trainable.distribution(tf.zeros([self.trainable.size], dtype))
@@ -130,7 +137,7 @@ class Likelihood:
                 default = self.trainable.position(self._clusters(rng), default)
             elif i > 0:
                 default = rng.standard_normal(self.trainable.size)
-            elif self.affine:
+            elif issubclass(self.trainable.kind, LOCATION_SCALE):
                 scales = [name for name in self.trainable.free if name.startswith("scale")]
                 ones = {name: as_array(name, 1.0, self.layout[name]) for name in scales}
                 default = self.trainable.position(ones, default)
@@ -149,10 +156,15 @@ class Likelihood:
     def _clusters(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         start = cluster(self.z, self.components or 1, rng)
         values = {"logits": np.log(start.weights), "loc": start.loc}
+        above = 1.5 * np.asarray(self.floor)  # the floor itself has no unconstrained number
         if "scale_diag" in self.layout:
-            values["scale_diag"] = np.linalg.norm(start.scale_tril, axis=-1)
+            stddev = np.linalg.norm(start.scale_tril, axis=-1)
+            values["scale_diag"] = np.maximum(stddev, above)
         else:
-            values["scale_tril"] = start.scale_tril
+            scale_tril = start.scale_tril.copy()
+            diagonal = np.einsum("kdd->kd", scale_tril)
+            diagonal[:] = np.maximum(diagonal, above)
+            values["scale_tril"] = scale_tril
         return values
 
     def _standardise(self, name: str, value: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ _GAUSSIAN = (
     density.GaussianMixture,
 )
 
-# Types that an affine map of y leaves of the same type.
+# Types that an affine map of y leaves of the same type, and types that a change of its unit does.
 LOCATION_SCALE = (
     tfd.Normal,
     tfd.Laplace,
@@ -40,8 +40,14 @@ LOCATION_SCALE = (
     tfd.Cauchy,
     tfd.Gumbel,
     tfd.StudentT,
+    tfd.Moyal,
+    tfd.JohnsonSU,
+    tfd.GeneralizedNormal,
+    tfd.TwoPieceNormal,
+    tfd.TwoPieceStudentT,
     *_GAUSSIAN,
 )
+SCALE = (tfd.HalfNormal, tfd.HalfCauchy, tfd.Weibull, tfd.InverseGamma)
 
 
 class Parameter(NamedTuple):
@@ -61,18 +67,25 @@ def find_class(distribution: type | str) -> type[tfd.Distribution]:
     Raises:
         ConfigError: there is no such distribution, or it is made of others.
     """
-    kind: Any = distribution
+    found: Any = distribution
     if isinstance(distribution, str):
-        kind = getattr(density, distribution, None) or getattr(tfd, distribution, None)
-    if not (isinstance(kind, type) and issubclass(kind, tfd.Distribution)):
+        found = getattr(density, distribution, None) or getattr(tfd, distribution, None)
+    if not (isinstance(found, type) and issubclass(found, tfd.Distribution)):
         raise ConfigError(
             f"distribution={distribution}: is no distribution; give GaussianMixture or a class of "
             "tfp.distributions, such as Normal"
         )
+    kind: Any = found
     if kind in (tfd.MixtureSameFamily, tfd.Mixture):
         raise ConfigError(
             f"distribution={kind.__name__} does not say of what: use GaussianMixture"
         )
+    try:
+        kind.parameter_properties(dtype=tf.float32)
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"{kind.__name__} cannot be learned: it does not state its parameters"
+        ) from error
     return _OWN.get(kind, kind)
 
 
@@ -80,6 +93,7 @@ def find_layout(
     kind: type[tfd.Distribution],
     shape: Sequence[int],
     names: Sequence[str] = (),
+    fixed: Sequence[str] = (),
     *,
     components: int | None = None,
     dtype: tf.DType = tf.float64,
@@ -92,6 +106,7 @@ def find_layout(
         kind: the class, as `find_class` returns it.
         shape: batch and event shape of one distribution.
         names: parameters that were given: they replace those that TFP prefers to learn.
+        fixed: those of them that are not learned, and need no unconstrained form.
         components: K, for a mixture.
         dtype: of the parameters.
         positivity: what makes scales of normals and their mixtures positive.
@@ -109,10 +124,7 @@ def find_layout(
         )
     if issubclass(kind, _GAUSSIAN):
         return _gaussian_layout(kind, tuple(shape), components, dtype, positivity, floor)
-    try:
-        properties = kind.parameter_properties(dtype=dtype)
-    except NotImplementedError as error:
-        raise ConfigError(f"{kind.__name__} does not state its parameters") from error
+    properties = kind.parameter_properties(dtype=dtype)
     chosen = {name: p.is_preferred for name, p in properties.items() if p.is_tensor}
     for given, preferred in _ALTERNATIVES.items():
         if given in names and given in chosen and preferred in chosen:
@@ -120,12 +132,16 @@ def find_layout(
     layout = {}
     for name in (name for name, wanted in chosen.items() if wanted):
         try:
-            bijector = properties[name].default_constraining_bijector_fn()
             own = tuple(tf.TensorShape(properties[name].shape_fn(list(shape))).as_list())
+            if name in fixed:
+                layout[name] = Parameter(own, own, tf.identity, tf.identity)
+                continue
+            bijector = properties[name].default_constraining_bijector_fn()
             raw = tuple(bijector.inverse_event_shape(own).as_list())
-        except (NotImplementedError, TypeError) as error:
+        except (NotImplementedError, TypeError, ValueError, IndexError) as error:
             raise ConfigError(
-                f"{kind.__name__} cannot be learned: TFP has no unconstrained form of {name}"
+                f"{kind.__name__} cannot be learned from y [N, {', '.join(map(str, shape))}]: TFP "
+                f"has no unconstrained form of {name}; give its value as fixed"
             ) from error
         layout[name] = Parameter(own, raw, bijector.forward, bijector.inverse)
     if not layout:
@@ -192,17 +208,24 @@ def resolve_names(values: Mapping[str, Any], kind: type[tfd.Distribution]) -> di
 
 def _cholesky(covariance: Any) -> np.ndarray:
     try:
-        return np.linalg.cholesky(np.asarray(covariance, np.float64))
-    except (np.linalg.LinAlgError, ValueError) as error:
-        raise ConfigError(f"covariance={covariance} is not positive definite") from error
+        array = np.asarray(covariance, np.float64)
+        if array.ndim == 0:  # a sphere
+            return np.linalg.cholesky(array[np.newaxis, np.newaxis])[0, 0]
+        if not np.allclose(array, array.swapaxes(-1, -2)):
+            raise ConfigError(f"covariance={array.tolist()} is not symmetric")
+        return np.linalg.cholesky(array)
+    except (np.linalg.LinAlgError, TypeError) as error:
+        shown = " ".join(str(covariance).split())
+        raise ConfigError(f"covariance={shown} is not positive definite") from error
 
 
 def as_array(name: str, value: Any, parameter: Parameter) -> np.ndarray:
     """Return a value as an array of the parameter's own shape; a number may stand for a sphere.
 
     Raises:
-        ConfigError: it has another shape, or is not finite.
+        ConfigError: it has another shape, is not finite, or is no scale though its name says so.
     """
+    shown = f"{name}={' '.join(str(value).split())}"
     try:
         array = np.asarray(value, np.float64)
         if name == "scale_tril" and array.ndim == 0:
@@ -210,11 +233,16 @@ def as_array(name: str, value: Any, parameter: Parameter) -> np.ndarray:
         array = np.broadcast_to(array, parameter.shape)
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"{name}={value}: must be numbers of shape {list(parameter.shape)}, or one that "
+            f"{shown}: must be numbers of shape {list(parameter.shape)}, or one that "
             "broadcasts to it"
         ) from error
     if not np.isfinite(array).all():
-        raise ConfigError(f"{name}={value}: must be finite")
+        raise ConfigError(f"{shown}: must be finite")
+    if name == "scale_tril" and np.triu(array, 1).any():
+        raise ConfigError(f"{shown}: must be lower triangular; give covariance instead")
+    lengths = np.diagonal(array, axis1=-2, axis2=-1) if name == "scale_tril" else array
+    if name.startswith("scale") and (lengths <= 0.0).any():
+        raise ConfigError(f"{shown}: must be positive")
     return array
 
 
