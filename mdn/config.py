@@ -306,6 +306,9 @@ class TopOptions(Section):
     fixed: list[str] = []
 
 
+# Of an option of several types, pydantic also names the type that it tried.
+_UNION_TAG = re.compile(r"\[|^(literal.*|str|int|float|bool)$")
+
 GROUPS = ("model", "backbone", "data", "optimizer", "strategy")
 
 
@@ -414,7 +417,8 @@ def _check(schema: type[Section], values: dict[str, Any], prefix: str) -> None:
         schema.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = prefix + ".".join(str(part) for part in first["loc"])
+        parts = [str(part) for part in first["loc"] if not _UNION_TAG.search(str(part))]
+        key = prefix + ".".join(parts)
         # The model's `components` is `k` on the command line.
         key = "k" if key == "model.components" else key.replace("target", "_target_", 0)
         if first["type"] == "extra_forbidden":
@@ -479,7 +483,7 @@ def _choices(group: str) -> str:
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, [*dict.fromkeys(known)], n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else "; see python train.py --help"
 
 

@@ -117,6 +117,8 @@ def test_trainer_options_are_checked():
         (["experiment=mle_univariate", "fixed=scale"], "fixed=scale: must be a valid list, such"),
         (["experiment=points_3d", "model.method=mle"], "model.method=mle: must be 'gradient'"),
         (["data=gaussians", "data.weights=[0]"], "data.weights.0=0: must be greater than 0"),
+        (["model=distribution", "model.initial=abc"], "model.initial=abc: must be a valid dict"),
+        (["data=csv", "data.targets=3"], "data.targets=3: must be a valid string"),
         (["model=distribution", "init_from=x"], "init_from: model=distribution starts from"),
         (["experiment=vae_mixture", "data=points"], "comparison: needs data with a seed"),
         (["model=vae", "model.prior=foo"], "model.prior=foo: must be 'mixture' or 'normal'"),

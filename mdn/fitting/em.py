@@ -74,7 +74,8 @@ def fit_mixture(
         floor: [D] or a number, the smallest standard deviation as a share of each target's: the
             covariances are the likeliest ones C for which C - diag(floor)^2 has no negative
             eigenvalue. Without a floor a component can shrink onto one row, and the likelihood
-            of a mixture has no bound.
+            of a mixture has no bound. It is at least 1e-5, so that targets which determine each
+            other leave a regular covariance.
         tolerance: EM ends when a step gains less than this, in nats per row.
         max_steps: it ends after this many steps in any case.
         restarts: clusterings to begin with. A few steps on a sample choose among them.
