@@ -26,7 +26,7 @@ from mdn.fitting.checks import (
 )
 from mdn.fitting.em import fit_mixture
 from mdn.fitting.exact import fit_exact
-from mdn.fitting.gradient import descend, minimise
+from mdn.fitting.gradient import Minimum, descend, minimise
 from mdn.fitting.likelihood import Likelihood, find_floor, row_log_prob
 from mdn.fitting.trainable import Initial, as_array, find_class, find_layout, resolve_names
 
@@ -189,6 +189,8 @@ def fit_distribution(
     fixed = {name: as_array(name, value, layout[name]) for name, value in fixed.items()}
     check_entries(kind, y, layout, dtype)
     check_determined(kind, y, fixed)
+    if batch_size is not None and batch_size > len(y):
+        raise ConfigError(f"batch_size={batch_size}: there are only {len(y)} rows")
     if method == "exact":
         _refuse("exact", batch_size=batch_size, restarts=restarts)
         values = fit_exact(kind, y, weight, fixed)
@@ -224,8 +226,6 @@ def fit_distribution(
                 compiled=compiled,
             )
         else:
-            if batch_size > len(y):
-                raise ConfigError(f"batch_size={batch_size}: there are only {len(y)} rows")
             found = descend(
                 likelihood.nll,
                 start,
@@ -236,24 +236,7 @@ def fit_distribution(
                 seed=seed,
                 compiled=compiled,
             )
-        if not np.isfinite(found.nll).any():
-            raise DataError(
-                f"{kind.__name__} gives no start a finite NLL: rows outside of its domain, or "
-                f"fixed values that cannot be ({', '.join(fixed) or 'none'})? Else give initial"
-            )
-        best = int(np.nanargmin(np.where(np.isfinite(found.nll), found.nll, np.inf)))
-        ends = likelihood.parameters(found.position)
-        answer = kind(**{name: tf.constant(value[best], dtype) for name, value in ends.items()})
-        result = {
-            "steps": found.steps,
-            "converged": bool(found.converged[best]),
-            "reason": found.reason,
-            "gradient_norm": float(found.gradient_norm[best]),
-            "history": [value + likelihood.jacobian for value in found.history],
-            "starts": found.nll + likelihood.jacobian,
-            "starts_converged": found.converged,
-            "starts_parameters": ends,
-        }
+        answer, result = _best_of(found, likelihood, dtype)
     nll = float(np.average(-row_log_prob(answer, y), weights=weight))
     if not np.isfinite(nll):
         raise DataError(f"a row is outside of the domain of {kind.__name__}")
@@ -264,11 +247,8 @@ def _as_values(
     kind: type[tfd.Distribution], initial: Any, fixed: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the initial values and the fixed values, by the names that the class has."""
-    if not (
-        initial in (None, "random")
-        if isinstance(initial, str | None)
-        else (isinstance(initial, Mapping) or callable(initial))
-    ):
+    known = initial is None or isinstance(initial, Mapping) or callable(initial)
+    if not known and not (isinstance(initial, str) and initial == "random"):
         raise ConfigError(f"initial={initial}: must be values by name, a callable, or random")
     if not isinstance(fixed, Mapping | Sequence):
         raise ConfigError(f"fixed={fixed}: must be values by name, or names")
@@ -280,6 +260,32 @@ def _as_values(
         if given.get(name) is None:
             raise ConfigError(f"fixed=[{name}]: its value is not known; give it in initial")
     return given, {name: given.pop(name) for name in names}
+
+
+def _best_of(
+    found: Minimum, likelihood: Likelihood, dtype: tf.DType
+) -> tuple[tfd.Distribution, dict[str, Any]]:
+    """Return the distribution of the best start, and what `Fit` says of all of them."""
+    kind, fixed = likelihood.trainable.kind, likelihood.trainable.fixed
+    finite = np.isfinite(found.nll)
+    if not finite.any():
+        raise DataError(
+            f"{kind.__name__} gives no start a finite NLL: rows outside of its domain, or fixed "
+            f"values that cannot be ({', '.join(fixed) or 'none'})? Else give initial"
+        )
+    best = int(np.argmin(np.where(finite, found.nll, np.inf)))
+    ends = likelihood.parameters(found.position)
+    answer = kind(**{name: tf.constant(value[best], dtype) for name, value in ends.items()})
+    return answer, {
+        "steps": found.steps,
+        "converged": bool(found.converged[best]),
+        "reason": found.reason,
+        "gradient_norm": float(found.gradient_norm[best]),
+        "history": [value + likelihood.jacobian for value in found.history],
+        "starts": found.nll + likelihood.jacobian,
+        "starts_converged": found.converged,
+        "starts_parameters": ends,
+    }
 
 
 def _refuse(method: str, **options: Any) -> None:
