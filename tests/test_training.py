@@ -153,15 +153,7 @@ def tables(tmp_path_factory):
     }
 
 
-# Simulators differ in their density alone, which test_simulators knows; one stands for them.
-SOURCES = [
-    source
-    for source in choices("data")
-    if "data.simulators." not in (config_dir() / "data" / f"{source}.yaml").read_text()
-]
-
-
-@pytest.mark.parametrize("source", ["two_moons", *SOURCES])
+@pytest.mark.parametrize("source", choices("data"))
 def test_every_source_trains(source, tables, tmp_path):
     size = tables.get(source, TINY_DATA)
     metrics = run(tmp_path / "run", f"data={source}", *size, "k=2", tiny=TINY)

@@ -556,8 +556,9 @@ def test_other_data_are_refused(tmp_path):
 def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path):
     options = (
         *TINY,
+        "trainer.compiled=true",
         "trainer.deterministic=true",
-        "trainer.epochs=8",
+        "trainer.epochs=12",
         "model.dropout=0.2",
         "model.kl_warmup=40",
         "callbacks.tensorboard.image_every=0",
@@ -594,7 +595,7 @@ def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path):
 
 @pytest.mark.slow
 def test_compared_fits_are_those_of_runs(tmp_path):
-    options = ("trainer.epochs=5", "callbacks.early_stopping=null")
+    options = ("trainer.epochs=10", "trainer.compiled=true", "callbacks.early_stopping=null")
     alone = run(tmp_path / "run", *options)
     config = compose_config([*TINY, *options])
     (elbo,) = Fit(config, [Digits().load()], [0], latent_size=2, prior="mixture").run()
