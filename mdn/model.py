@@ -104,15 +104,15 @@ class MDN(TrainedModel):
         zeros = tf.zeros([1] * (rank - 1) + [size], tf_keras.backend.floatx())
         self(zeros)
 
-    def _as_batches(self, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return features and targets as Keras takes them: arrays of floats."""
+    def as_arrays(self, x: Any, y: Any, sample_weight: Any = None) -> tuple[np.ndarray, ...]:
         dtype = tf_keras.backend.floatx()
         if np.shape(y)[-1:] != (self.head.event_size,):
             raise DataError(
                 f"y has shape {list(np.shape(y))} but the head has event_size="
                 f"{self.head.event_size}: give [N, {self.head.event_size}]"
             )
-        return np.asarray(self.encode(x), dtype), np.asarray(y, dtype)
+        weight = () if sample_weight is None else (np.asarray(sample_weight, dtype),)
+        return np.asarray(self.encode(x), dtype), np.asarray(y, dtype), *weight
 
     def _check_adapted(self) -> None:
         if self._feature_rank is None:
@@ -143,8 +143,7 @@ class MDN(TrainedModel):
         Args:
             optimizer: a Keras optimizer or its name.
             loss: a name of `mdn.losses.LOSSES`, or a function of (y, density) to [B].
-            jit_compile: compile the step with XLA; by default where that works: on one device,
-                with a backbone that does not say otherwise (`xla = False`).
+            jit_compile: see `TrainedModel.compile`.
             **kwargs: as for `tf_keras.Model.compile`; metrics see the mean of the density.
 
         Raises:
@@ -160,8 +159,17 @@ class MDN(TrainedModel):
 
         Rows without any observed target, and padded steps, count nothing.
         """
-        score = self._score(y, y_pred)  # [B] or [B, T]
+        return self._mean_score(x, y, y_pred, sample_weight, complete=False)
+
+    def _mean_score(
+        self, x: Any, y: Any, density: Queries, sample_weight: Any, complete: bool
+    ) -> tf.Tensor:
         counted = self._counted(x, y)
+        y = tf.where(counted[..., tf.newaxis], y, tf.cast(self.head.y_loc, y.dtype))
+        if complete and self._score is losses.nll:
+            score = losses.nll(y, density, complete=True)
+        else:
+            score = self._score(y, density)  # [B] or [B, T]
         count = tf.maximum(tf.reduce_sum(tf.cast(counted, score.dtype)), 1.0)
         if sample_weight is not None:
             sample_weight = tf.cast(sample_weight, score.dtype)
@@ -184,41 +192,34 @@ class MDN(TrainedModel):
         self, x: Any, y: Any, sample_weight: Any, training: bool
     ) -> tuple[tf.Tensor, Queries]:
         density = self(x, training=training)
-        return self.compute_loss(x, y, density, sample_weight), density
+        complete = self._loops.complete.get("train" if training else "test", False)
+        return self._mean_score(x, y, density, sample_weight, complete), density
 
     def predict_step(self, data: Any) -> tf.Tensor:
         x, _, _ = tf_keras.utils.unpack_x_y_sample_weight(data)
         return self(x, training=False).mean()
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> dict[str, Any]:
-        mean = y_pred.mean() if self.compiled_metrics is not None else None
+        if self.compiled_metrics is None:
+            return {}
+        mean, counted = y_pred.mean(), self._counted(x, y)
+        mean._keras_mask = counted  # where Keras's metrics look for it
+        y = tf.where(counted[..., tf.newaxis], tf.cast(y, mean.dtype), mean)
         return super().compute_metrics(x, y, mean, sample_weight)
 
-    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `tf_keras.Model.fit` does, after a check of arrays.
+    def check_arrays(self, x: Any, y: Any, sample_weight: Any) -> None:
+        check_rows(_as_features(x), np.asarray(y), self.missing)
+        if sample_weight is not None:
+            check_weight(sample_weight, "sample_weight")
 
-        Raises:
-            RunError: `adapt` was not called.
-            DataError: rows that no density can be fitted to.
-        """
-        self._check_adapted()
-        if y is not None:
-            x, y = _as_features(x), np.asarray(y)
-            check_rows(x, y, self.missing)
-            if kwargs.get("sample_weight") is not None:
-                check_weight(kwargs["sample_weight"], "sample_weight")
-            x, y = self._as_batches(x, y)
-        if isinstance(kwargs.get("validation_data"), tuple):
-            held_x, held_y, *weight = kwargs["validation_data"]
-            kwargs["validation_data"] = (*self._as_batches(held_x, held_y), *weight)
-        return super().fit(x, y, *args, **kwargs)
+    def is_complete(self, arrays: tuple[np.ndarray, ...]) -> bool:
+        missing = np.isnan(arrays[1])
+        return bool((missing.all(axis=-1) == missing.any(axis=-1)).all())
 
-    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Return the loss and the metrics, as `tf_keras.Model.evaluate` does."""
-        # With the private argument it is `fit` that asks, on what it was given.
-        if y is not None and not kwargs.get("_use_cached_eval_dataset"):
-            x, y = self._as_batches(x, y)
-        return super().evaluate(x, y, *args, **kwargs)
+    def encoded(self, batches: tf.data.Dataset) -> tf.data.Dataset:
+        if isinstance(self.encoder, Columns) and isinstance(batches.element_spec[0], dict):
+            return batches.map(lambda x, *rest: (self.encoder.codes(x), *rest))
+        return batches
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """Return the mean of the density at each row, [N, D] or [N, T, D]: never a random draw."""

@@ -13,7 +13,7 @@ import tensorflow as tf
 import tf_keras
 from omegaconf import DictConfig, OmegaConf
 
-from mdn.base import TrainedModel
+from mdn.base import EVALUATION_BATCH, TrainedModel
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.interrupt import Interrupt
@@ -28,10 +28,6 @@ from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task
 
 log = logging.getLogger(__name__)
-
-EVALUATION_BATCH = 4096
-# Python is visited at least this often, for the progress bar and the check for NaN.
-MOST_STEPS_PER_EXECUTION = 500
 
 
 class InterruptedRunError(RunError):
@@ -114,7 +110,7 @@ def compile_model(model: TrainedModel, config: DictConfig, steps: int) -> None:
         optimizer,
         loss=config.loss,
         jit_compile=None if trainer.compiled else False,
-        steps_per_execution=trainer.steps_per_execution or min(steps, MOST_STEPS_PER_EXECUTION),
+        steps_per_execution=trainer.steps_per_execution,
     )
 
 
@@ -185,16 +181,26 @@ def fit(
     verbose = trainer.verbose
     if verbose is None:
         verbose = 1 if sys.stdout.isatty() else 2
-    batches = training_batches(train_arrays, batch_size, seed=config.seed, first_epoch=first_epoch)
+    batches = training_batches(
+        train_arrays,
+        batch_size,
+        seed=config.seed,
+        first_epoch=first_epoch,
+        chunk=trainer.steps_per_execution,
+        complete=model.is_complete(train_arrays),
+    )
+    held_out = model.arrays(data.validation)
     try:
         with Interrupt() as interrupt:
             model.fit(
                 batches,
                 epochs=trainer.epochs,
                 initial_epoch=first_epoch,
-                steps_per_epoch=len(data.train) // batch_size,
                 validation_data=evaluation_batches(
-                    model.arrays(data.validation), EVALUATION_BATCH
+                    held_out,
+                    EVALUATION_BATCH,
+                    chunk=batches.chunk,
+                    complete=model.is_complete(held_out),
                 ),
                 callbacks=[*callbacks, checkpoint, interrupt],
                 verbose=verbose,
