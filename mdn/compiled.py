@@ -127,7 +127,9 @@ class CompiledModel(tf_keras.Model):
         """Return the sums behind the metrics, which an epoch starts at zero."""
         raise NotImplementedError
 
-    def as_arrays(self, x: Any, y: Any, sample_weight: Any = None) -> tuple[np.ndarray, ...]:
+    def as_arrays(
+        self, x: Any, y: Any = None, sample_weight: Any = None
+    ) -> tuple[np.ndarray, ...]:
         """Return what a user gave to `fit` or `evaluate` as arrays to take batches of.
 
         Raises:
@@ -170,10 +172,17 @@ class CompiledModel(tf_keras.Model):
             steps_per_execution: train steps between two visits of Python, and of the callbacks
                 that act on batches; by default up to 500.
             **kwargs: as for `tf_keras.Model.compile`.
+
+        Raises:
+            ConfigError: `steps_per_execution` is below one.
         """
         if jit_compile is None:
             one_device = self.distribute_strategy.num_replicas_in_sync == 1
             jit_compile = one_device and self.xla and not kwargs.get("run_eagerly")
+        if steps_per_execution == "auto":  # as Keras calls what is the default here
+            steps_per_execution = None
+        if steps_per_execution is not None and steps_per_execution < 1:
+            raise ConfigError(f"steps_per_execution={steps_per_execution}: must be at least 1")
         self._loop.chunk = steps_per_execution
         self._loop.functions = {}
         super().compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile, **kwargs)
@@ -209,7 +218,8 @@ class CompiledModel(tf_keras.Model):
             epochs: when to stop.
             verbose: as in Keras.
             callbacks: as in Keras.
-            validation_split: share of the last rows of arrays to hold out.
+            validation_split: share of the last rows of arrays to hold out, where there is no
+                `validation_data`.
             validation_data: (x, y) or (x, y, weight), or batches.
             shuffle: a new order in each epoch, drawn from NumPy's global stream.
             class_weight: must be None.
@@ -228,15 +238,19 @@ class CompiledModel(tf_keras.Model):
         self._check_adapted()
         if class_weight is not None:
             raise ConfigError("class_weight has no meaning for a density: use sample_weight")
+        for name, size in (("batch_size", batch_size), ("epochs", epochs)):
+            if size is not None and size < 1:
+                raise ConfigError(f"{name}={size}: must be at least 1")
         batches: Any = x
+        split = bool(validation_split) and validation_data is None
         if self._is_arrays(x, y):
             self.check_arrays(x, y, sample_weight)
             arrays = self.as_arrays(x, y, sample_weight)
-            if validation_split:
+            if split:
                 at = math.floor(len(arrays[0]) * (1.0 - validation_split))
                 if not 0 < at < len(arrays[0]):
                     raise ConfigError(f"validation_split={validation_split} leaves no rows")
-                validation_data = validation_data or tuple(array[at:] for array in arrays)
+                validation_data = tuple(array[at:] for array in arrays)
                 arrays = tuple(array[:at] for array in arrays)
             batches = training_batches(
                 arrays,
@@ -250,13 +264,16 @@ class CompiledModel(tf_keras.Model):
             )
             if steps_per_epoch is not None:
                 batches = self._stacked(batches.unstacked(), steps_per_epoch)
+        elif split or sample_weight is not None:
+            name = "sample_weight" if sample_weight is not None else "validation_split"
+            raise ConfigError(f"{name} is for arrays: put it into the batches of the dataset")
         elif isinstance(x, tf.data.Dataset):
             batches = self._stacked(x, steps_per_epoch)
         chunk = batches.chunk if isinstance(batches, Batches) else 1
         held_out = validation_data
         if isinstance(held_out, tuple | list):
             held_out = self._evaluation_batches(
-                tuple(held_out) if validation_split else self.as_arrays(*held_out),
+                tuple(held_out) if split else self.as_arrays(*held_out),
                 validation_batch_size,
                 chunk,
             )
@@ -265,7 +282,7 @@ class CompiledModel(tf_keras.Model):
         if isinstance(self.optimizer, tf_keras.optimizers.Optimizer):
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables)
-        with self._looping(batches, held_out) as ((x, steps_per_epoch), (held_out, validation)):
+        with self._looping(batches, held_out) as ((x, steps), (held_out, held_out_steps)):
             return super().fit(
                 x,
                 epochs=epochs,
@@ -273,8 +290,8 @@ class CompiledModel(tf_keras.Model):
                 callbacks=callbacks,
                 validation_data=held_out,
                 initial_epoch=initial_epoch,
-                steps_per_epoch=steps_per_epoch,
-                validation_steps=validation or validation_steps,
+                steps_per_epoch=steps or steps_per_epoch,
+                validation_steps=held_out_steps or validation_steps,
                 **kwargs,
             )
 
@@ -338,10 +355,8 @@ class CompiledModel(tf_keras.Model):
         if steps is None and size < 0:
             self._explain("the dataset does not know its length: give steps_per_epoch")
             return batches
-        if steps is None:
-            batches, steps = batches.repeat(), size
-        batches = self.encoded(batches)
-        spec = batches.element_spec
+        encoded = self.encoded(batches)
+        spec = encoded.element_spec
         spec = spec if isinstance(spec, tuple) else (spec,)
         if not all(isinstance(s, tf.TensorSpec) and s.shape.rank for s in spec):
             self._explain("the batches of the dataset are no tensors")
@@ -351,11 +366,13 @@ class CompiledModel(tf_keras.Model):
             return batches
         batch_size = spec[0].shape[0]
         if batch_size is None:  # such as `Dataset.batch` makes them, the last one smaller
-            first = next(iter(batches.take(1)))
+            first = next(iter(encoded.take(1)))
             batch_size = len(first[0] if isinstance(first, tuple) else first)
         filler = [0.0] * len(spec)
         filler[min(1, len(spec) - 1)] = math.nan  # see `Batches`
-        return stack(batches, steps, batch_size, filler, chunk or self._loop.chunk)
+        if steps is None:
+            encoded, steps = encoded.repeat(), size
+        return stack(encoded, steps, batch_size, filler, chunk or self._loop.chunk)
 
     @contextlib.contextmanager
     def _looping(self, train: Any, test: Any) -> Iterator[list[tuple[Any, int | None]]]:

@@ -104,7 +104,9 @@ class MDN(TrainedModel):
         zeros = tf.zeros([1] * (rank - 1) + [size], tf_keras.backend.floatx())
         self(zeros)
 
-    def as_arrays(self, x: Any, y: Any, sample_weight: Any = None) -> tuple[np.ndarray, ...]:
+    def as_arrays(
+        self, x: Any, y: Any = None, sample_weight: Any = None
+    ) -> tuple[np.ndarray, ...]:
         dtype = tf_keras.backend.floatx()
         if np.shape(y)[-1:] != (self.head.event_size,):
             raise DataError(
@@ -176,7 +178,7 @@ class MDN(TrainedModel):
                 sample_weight = sample_weight[:, tf.newaxis]  # [B, 1], the same for every step
             score *= sample_weight
         total = tf.reduce_sum(tf.where(counted, score, tf.zeros_like(score)))
-        penalty = tf.add_n([tf.cast(term, total.dtype) for term in self.losses] or [0.0])
+        penalty = tf.add_n([tf.cast(term, total.dtype) for term in self.losses] or [tf.zeros_like(total)])
         self._trackers.nll.update_state(total / count, sample_weight=count)
         self._trackers.loss.update_state(total / count + penalty, sample_weight=count)
         return total / self._per_replica(count) + penalty

@@ -67,7 +67,9 @@ class FusedAdam:
         self.optimizer = optimizer
         self.variables = variables
         index = [optimizer._index_dict[optimizer._var_key(v)] for v in variables]
-        self.moments = [[slots[i] for i in index] for slots in _slots(optimizer)]
+        self.moments = [
+            [slots[i] for i in index] for slots in (optimizer._momentums, optimizer._velocities)
+        ]
 
     @staticmethod
     def supports(optimizer: Any, variables: Sequence[tf.Variable]) -> bool:
@@ -99,7 +101,8 @@ class FusedAdam:
         square += (tf.square(gradient) - square) * (1.0 - optimizer.beta_2)
         step = tf.cast(optimizer.iterations + 1, mean.dtype)
         rate = tf.cast(optimizer.learning_rate, mean.dtype)
-        bias = [1.0 - tf.pow(tf.cast(b, mean.dtype), step) for b in _betas(optimizer)]
+        betas = (optimizer.beta_1, optimizer.beta_2)
+        bias = [1.0 - tf.pow(tf.cast(beta, mean.dtype), step) for beta in betas]
         change = rate * tf.sqrt(bias[1]) / bias[0] * mean / (tf.sqrt(square) + optimizer.epsilon)
         for variable, part in zip(self.variables, _split(change, self.variables), strict=True):
             if id(variable) not in found:
@@ -114,14 +117,6 @@ class FusedAdam:
         for slots, vector in zip(self.moments, state, strict=True):
             for slot, part in zip(slots, _split(vector, slots), strict=True):
                 slot.assign(part)
-
-
-def _slots(optimizer: Any) -> tuple[list[tf.Variable], list[tf.Variable]]:
-    return optimizer._momentums, optimizer._velocities
-
-
-def _betas(optimizer: Any) -> tuple[float, float]:
-    return optimizer.beta_1, optimizer.beta_2
 
 
 def _flat(tensors: Sequence[Any]) -> tf.Tensor:

@@ -333,7 +333,7 @@ class VAE(TrainedModel):
         if sample_weight is not None:
             weight *= tf.cast(sample_weight, weight.dtype)
         total = tf.reduce_sum(weight * (kl_weight * terms.kl - terms.reconstruction))
-        penalty = tf.add_n([tf.cast(term, total.dtype) for term in self.losses] or [0.0])
+        penalty = tf.add_n([tf.cast(term, total.dtype) for term in self.losses] or [tf.zeros_like(total)])
         values = {
             "loss": total / count + penalty,
             "elbo": tf.reduce_sum(weight * terms.elbo) / count,
@@ -347,7 +347,9 @@ class VAE(TrainedModel):
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> dict[str, Any]:
         return {metric.name: metric.result() for metric in self.metrics}
 
-    def as_arrays(self, x: Any, y: Any, sample_weight: Any = None) -> tuple[np.ndarray, ...]:
+    def as_arrays(
+        self, x: Any, y: Any = None, sample_weight: Any = None
+    ) -> tuple[np.ndarray, ...]:
         images = check_images(x, self.event_size)
         return (images,) if sample_weight is None else (images, images, np.asarray(sample_weight))
 

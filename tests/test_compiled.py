@@ -211,13 +211,93 @@ def test_bfloat16_backbone_trains_with_a_float32_density():
     np.testing.assert_allclose(losses, plain, rtol=0.05)
 
 
+def test_validation_data_wins_over_validation_split():
+    x, y = rows()
+    columns = {"a": x[:, 0], "b": np.where(x[:, 1] > 0, "up", "down").astype(object)}
+    model = mdn.MDN(mdn.heads.Diag(2), mdn.backbones.MLP([4]))
+    model.adapt(columns, y)
+    model.compile(tf_keras.optimizers.SGD(0.0))
+    history = train(
+        *(model, columns, y), epochs=1, validation_split=0.5, validation_data=(columns, y)
+    )
+    assert history["val_nll"] == [pytest.approx(history["nll"][0], rel=1e-5)]
+
+
+def test_what_cannot_be_stacked_trains_in_keras_own_loop():
+    x, y = (a.astype(np.float32) for a in rows())
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+    unknown = batches.map(lambda x, y: (tf.reshape(x, [-1, tf.size(x) // tf.shape(x)[0]]), y))
+    assert unknown.element_spec[0].shape[1] is None
+
+    def endless():
+        while True:
+            yield from zip(np.split(x[:48], 6), np.split(y[:48], 6), strict=True)
+
+    expected = train(make(), batches.take(6))["loss"]
+    for given, steps in ((unknown.take(6), None), (endless(), 6)):
+        history = train(make(), given, steps_per_epoch=steps)
+        np.testing.assert_allclose(history["loss"], expected, rtol=1e-5)
+
+
+def test_batch_larger_than_the_first_is_named():
+    x, y = (a.astype(np.float32) for a in rows())
+    parts = [tf.data.Dataset.from_tensors((x[:n], y[:n])) for n in (4, 8)]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="more than the 4 rows of the first"):
+        train(make(), parts[0].concatenate(parts[1]))
+
+
+def test_float64_trains():
+    tf_keras.backend.set_floatx("float64")
+    try:
+        model = make()
+        start = model.get_weights()
+        history = train(model, *rows(), batch_size=BATCH, epochs=1)
+        assert model.head.kernel.dtype == tf.float64
+    finally:
+        tf_keras.backend.set_floatx("float32")
+    plain = make()
+    plain.set_weights(start)
+    expected = train(plain, *rows(), batch_size=BATCH, epochs=1)
+    np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-4)
+
+
+def test_penalties_of_the_backbone_count():
+    def backbone():
+        return tf_keras.Sequential(
+            [tf_keras.layers.Dense(8, kernel_regularizer="l2", activity_regularizer="l2")]
+        )
+
+    losses = []
+    for jit_compile in (True, False):
+        history = train(
+            make(backbone=backbone, jit_compile=jit_compile), *rows(), batch_size=BATCH
+        )
+        assert history["loss"][0] > history["nll"][0] + 0.01
+        losses.append(history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"class_weight": {0: 1.0}}, "class_weight"),
         ({"validation_split": 1.0}, "validation_split"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"epochs": 0}, "epochs=0"),
     ],
 )
 def test_arguments_without_meaning_are_refused(options, reason):
     with pytest.raises(mdn.MDNError, match=reason):
         make().fit(*rows(), **options)
+
+
+@pytest.mark.parametrize("options", [{"sample_weight": np.ones(ROWS)}, {"validation_split": 0.5}])
+def test_arguments_for_arrays_are_refused_with_a_dataset(options):
+    batches = tf.data.Dataset.from_tensor_slices(rows()).batch(BATCH)
+    with pytest.raises(mdn.MDNError, match=next(iter(options))):
+        make().fit(batches, **options)
+
+
+def test_steps_per_execution_is_positive():
+    with pytest.raises(mdn.MDNError, match="steps_per_execution=0"):
+        make(steps_per_execution=0)

@@ -11,7 +11,7 @@ import tf_keras
 
 
 class Interrupt(tf_keras.callbacks.Callback):
-    """Holds Ctrl-C back until a batch ends; a second one acts at once.
+    """Holds Ctrl-C back until a chunk of steps ends; a second one acts at once.
 
     Python raises KeyboardInterrupt wherever it happens to be. Inside of TensorFlow's own calls
     into Python that leaves its state broken: a scope that is never left, or a crash later on.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+import tf_keras
 
 # Python is visited at least this often, for the progress bar and the check for NaN.
 MOST_STEPS = 500
@@ -138,10 +139,10 @@ def _with_filler(arrays: tuple[np.ndarray, ...]) -> tuple[tf.Tensor, ...]:
     """Return the arrays with one more row, which fills up batches: the first, without target."""
     tensors = []
     for i, array in enumerate(arrays):
-        tensor = tf.constant(array, tf.float32)
+        tensor = tf.constant(array, tf_keras.backend.floatx())
         row = tensor[:1]
         if i == min(1, len(arrays) - 1):  # y, or images that have no features beside them
-            row = tf.fill(tf.shape(row), np.float32(np.nan))
+            row = tf.fill(tf.shape(row), tf.constant(np.nan, row.dtype))
         tensors.append(tf.concat([tensor, row], axis=0))
     return tuple(tensors)
 
@@ -201,9 +202,16 @@ def _fill(tensor: tf.Tensor, filler: float, size: int) -> tf.Tensor:
     """Return a tensor [n, ..] with n <= size as [size, ..]."""
     shape = [size, *tensor.shape[1:]]
     missing = size - tf.shape(tensor)[0]
-    tensor = tf.cast(tensor, tf.float32)
+    fits = tf.debugging.assert_non_negative(
+        missing,
+        f"a batch of the dataset has more than the {size} rows of the first one: put the largest "
+        "first, or compile the model with jit_compile=False",
+    )
+    with tf.control_dependencies([fits]):
+        tensor = tf.identity(tf.cast(tensor, tf_keras.backend.floatx()))
     paddings = [[0, missing], *([[0, 0]] * (len(shape) - 1))]
-    return tf.ensure_shape(tf.pad(tensor, paddings, constant_values=filler), shape)
+    filled = tf.pad(tensor, paddings, constant_values=tf.constant(filler, tensor.dtype))
+    return tf.ensure_shape(filled, shape)
 
 
 def _shard_by_row(batches: tf.data.Dataset) -> tf.data.Dataset:
