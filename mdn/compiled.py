@@ -21,7 +21,7 @@ import tensorflow as tf
 import tf_keras
 
 from mdn.data.pipeline import Batches, evaluation_batches, stack, training_batches
-from mdn.errors import ConfigError
+from mdn.errors import ConfigError, DataError
 from mdn.updates import FusedAdam, KerasUpdate, State, Update
 
 log = logging.getLogger(__name__)
@@ -317,6 +317,11 @@ class CompiledModel(tf_keras.Model):
             steps: batches of a dataset to take; by default all of them.
             callbacks: as in Keras.
             **kwargs: as in Keras.
+
+        Raises:
+            RunError: `adapt` was not called.
+            DataError: there are no rows, or not of the shapes of the model.
+            ConfigError: an argument that has no meaning here.
         """
         # With the private argument it is `fit` that asks, on what it was given.
         if not kwargs.get("_use_cached_eval_dataset"):
@@ -334,6 +339,10 @@ class CompiledModel(tf_keras.Model):
     def _evaluation_batches(
         self, arrays: tuple[np.ndarray, ...], batch_size: int | None, chunk: int | None = None
     ) -> Batches:
+        if not len(arrays[0]):
+            raise DataError("there are no rows to evaluate: give at least one")
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}: must be at least 1")
         return evaluation_batches(
             arrays,
             batch_size or EVALUATION_BATCH,

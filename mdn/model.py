@@ -178,7 +178,9 @@ class MDN(TrainedModel):
                 sample_weight = sample_weight[:, tf.newaxis]  # [B, 1], the same for every step
             score *= sample_weight
         total = tf.reduce_sum(tf.where(counted, score, tf.zeros_like(score)))
-        penalty = tf.add_n([tf.cast(term, total.dtype) for term in self.losses] or [tf.zeros_like(total)])
+        penalty = tf.add_n(
+            [tf.cast(term, total.dtype) for term in self.losses] or [tf.zeros_like(total)]
+        )
         self._trackers.nll.update_state(total / count, sample_weight=count)
         self._trackers.loss.update_state(total / count + penalty, sample_weight=count)
         return total / self._per_replica(count) + penalty

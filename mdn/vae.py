@@ -333,7 +333,9 @@ class VAE(TrainedModel):
         if sample_weight is not None:
             weight *= tf.cast(sample_weight, weight.dtype)
         total = tf.reduce_sum(weight * (kl_weight * terms.kl - terms.reconstruction))
-        penalty = tf.add_n([tf.cast(term, total.dtype) for term in self.losses] or [tf.zeros_like(total)])
+        penalty = tf.add_n(
+            [tf.cast(term, total.dtype) for term in self.losses] or [tf.zeros_like(total)]
+        )
         values = {
             "loss": total / count + penalty,
             "elbo": tf.reduce_sum(weight * terms.elbo) / count,

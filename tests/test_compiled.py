@@ -301,3 +301,20 @@ def test_arguments_for_arrays_are_refused_with_a_dataset(options):
 def test_steps_per_execution_is_positive():
     with pytest.raises(mdn.MDNError, match="steps_per_execution=0"):
         make(steps_per_execution=0)
+
+
+def test_nothing_to_evaluate_is_told():
+    x, y = rows()
+    model = make()
+    for call in (
+        lambda: model.evaluate(x[:0], y[:0]),
+        lambda: model.fit(x, y, validation_data=(x[:0], y[:0])),
+    ):
+        with pytest.raises(mdn.MDNError, match="no rows to evaluate"):
+            call()
+    for call in (
+        lambda: model.evaluate(x, y, batch_size=-1),
+        lambda: model.fit(x, y, validation_data=(x, y), validation_batch_size=-1),
+    ):
+        with pytest.raises(mdn.MDNError, match="batch_size=-1"):
+            call()
