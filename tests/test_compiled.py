@@ -247,7 +247,9 @@ def test_batch_larger_than_the_first_is_named():
 
 
 def test_float64_trains():
+    policy = tf_keras.mixed_precision.global_policy()
     tf_keras.backend.set_floatx("float64")
+    tf_keras.mixed_precision.set_global_policy("float64")  # a policy set once outlives set_floatx
     try:
         model = make()
         start = model.get_weights()
@@ -255,6 +257,7 @@ def test_float64_trains():
         assert model.head.kernel.dtype == tf.float64
     finally:
         tf_keras.backend.set_floatx("float32")
+        tf_keras.mixed_precision.set_global_policy(policy)
     plain = make()
     plain.set_weights(start)
     expected = train(plain, *rows(), batch_size=BATCH, epochs=1)
