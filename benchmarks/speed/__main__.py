@@ -1,0 +1,136 @@
+"""Training speed of `mdn` beside Keras, PyTorch and JAX on the machine at hand.
+
+    pip install -e '.[speed]' && python -m benchmarks.speed
+
+A run of everything takes some twenty minutes on two cores. What is not installed is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from mdn.cli.quiet import import_tensorflow
+
+import_tensorflow()
+
+from benchmarks.speed import sections  # noqa: E402
+from benchmarks.speed.contenders import CONTENDERS, MDN  # noqa: E402
+from benchmarks.speed.report import Results, markdown  # noqa: E402
+from benchmarks.speed.workloads import ROWS, WORKLOADS  # noqa: E402
+
+SECTIONS = ("race", "precision", "cost", "memory", "ensembles", "streaming")
+BASE = "M"  # what cost, ensembles and streaming are measured on
+OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write; return 1 where the contenders do not agree on the loss."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    results = Results(_command(options), options.repeats)
+    contenders = [c for c in CONTENDERS if c.key in options.contenders]
+    chosen = [dataclasses.replace(WORKLOADS[n], rows=options.rows) for n in options.workloads]
+    base = dataclasses.replace(WORKLOADS[BASE], rows=options.rows)
+    for workload in chosen:
+        if "race" in options.sections:
+            entrants, found = sections.compete(workload, contenders, options.repeats)
+            results.race[workload.name] = entrants
+            results.disagreements += found
+        if "precision" in options.sections:
+            entrants, found = sections.precision(workload, options.repeats)
+            if entrants:
+                results.precision[workload.name] = entrants
+            results.disagreements += found
+        if "memory" in options.sections:
+            results.memory[workload.name] = sections.peaks(workload, contenders)
+    if "cost" in options.sections:
+        results.cost = sections.cost(base, options.repeats)
+    if "ensembles" in options.sections:
+        results.ensembles = sections.ensembles(base, options.repeats)
+    if "streaming" in options.sections:
+        results.streaming = sections.streaming(base, options.repeats)
+    print(markdown(results))
+    if options.json is not None:
+        results.write_json(options.json)
+    if options.output is not None:
+        results.write(options.output)
+    for line in results.disagreements:
+        print(f"not the same model: {line}", file=sys.stderr)
+    ours = [e for entrants in results.race.values() for e in entrants if e.key == MDN.key]
+    failed = any(entrant.failure is not None for entrant in ours)
+    return 1 if results.disagreements or failed else 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    """Return the command that measures the same, without the places it writes to."""
+    standard, words = parse([]), ["python -m benchmarks.speed"]
+    for name in ("workloads", "contenders", "sections", "rows", "repeats"):
+        value = getattr(options, name)
+        if value != getattr(standard, name):
+            words += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]
+    return " ".join(words)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options; a run of everything is written to the documentation by default."""
+    doc = (__doc__ or "").split("\n")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=doc[0])
+
+    def names(known: Sequence[str]):
+        def read(text: str) -> list[str]:
+            for name in (found := text.split(",")):
+                if name not in known:
+                    raise argparse.ArgumentTypeError(f"{name!r} is not one of {','.join(known)}")
+            return found
+
+        return read
+
+    keys = [contender.key for contender in CONTENDERS]
+    for option, known in (
+        ("workloads", list(WORKLOADS)),
+        ("contenders", keys),
+        ("sections", SECTIONS),
+    ):
+        parser.add_argument(
+            f"--{option}",
+            type=names(known),
+            default=list(known),
+            metavar="A,B",
+            help=f"of {','.join(known)}; default all",
+        )
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"N; default {ROWS}")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; default 7")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers to this file")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write speed.md and speed.png there; default docs/benchmarks for a run of everything "
+        "with at least 5 rounds, and nowhere for any other",
+    )
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f"--repeats {options.repeats}: at least 1")
+    if options.rows < max(workload.batch for workload in WORKLOADS.values()):
+        parser.error(f"--rows {options.rows}: fewer than a batch")
+    everything = (
+        set(options.workloads) == set(WORKLOADS)
+        and set(options.contenders) == set(keys)
+        and set(options.sections) == set(SECTIONS)
+        and options.rows == ROWS
+        and options.repeats >= 5
+    )
+    if options.output is None and everything:
+        options.output = OUTPUT
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""What `mdn` itself trains: the model, the network under it with a cheap loss, ensembles, streams.
+
+Shape letters: N rows, B batch, D event size, P parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+import tf_keras
+
+import mdn
+from benchmarks.speed.workloads import EPSILON, LEARNING_RATE, MIN_SCALE, Problem
+from mdn.base import TrainedModel
+from mdn.data.pipeline import training_batches
+from mdn.data.rows import Rows
+from mdn.data.tabular import Parquet
+
+
+def with_start(problem: Problem, head: str = "Mixture") -> Problem:
+    """Return the problem with the weights that `mdn` starts from, for all contenders.
+
+    Raises:
+        RuntimeError: the model would scale the rows once more than the peers do.
+    """
+    tf_keras.utils.set_random_seed(0)
+    model = _model(problem, head)
+    standard = {
+        "y_loc": (model.head.y_loc, 0.0),
+        "y_scale": (model.head.y_scale, 1.0),
+        "floor": (model.head.floor, MIN_SCALE),
+        "x mean": (model.encoder.mean, 0.0),
+        "x scale": (model.encoder.inverse_scale, 1.0),
+    }
+    for name, (found, expected) in standard.items():
+        if not np.allclose(found, expected, rtol=0.0, atol=1e-6):
+            raise RuntimeError(f"{name} is {found.numpy()} and not {expected}: no equal terms")
+    weights = tuple(weight.numpy() for weight in _weights(model))
+    return dataclasses.replace(problem, weights=weights)
+
+
+def _model(problem: Problem, head: str) -> mdn.MDN:
+    w = problem.workload
+    model = mdn.MDN(
+        getattr(mdn.heads, head)(
+            event_size=w.targets,
+            components=w.components,
+            positivity="softplus",
+            min_scale=MIN_SCALE,
+        ),
+        mdn.backbones.MLP(widths=w.widths, activation="tanh"),
+    )
+    model.adapt(problem.x, problem.y)
+    model.compile(tf_keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON))
+    return model
+
+
+def _weights(model: mdn.MDN) -> list[tf.Variable]:
+    return [*model.backbone.trainable_weights, model.head.kernel, model.head.bias]
+
+
+class Ours:
+    """`mdn.MDN` and `fit` on arrays, as the README has it."""
+
+    head = "Mixture"
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.model = _model(problem, self.head)
+        for variable, value in zip(_weights(self.model), problem.weights, strict=True):
+            variable.assign(value)
+
+    def train(self, epochs: int) -> None:
+        p = self.problem
+        self.model.fit(p.x, p.y, batch_size=p.workload.batch, epochs=epochs, verbose=0)
+
+    def loss(self, rows: int) -> float:
+        x, y = self.problem.x[:rows], self.problem.y[:rows]
+        return float(np.mean(self.model.row_losses(Rows(x, y))))
+
+
+class OursPrecision(Ours):
+    """The same with the head whose triangles are factors of the precision."""
+
+    head = "MixturePrecision"
+
+
+class SquaresModel(TrainedModel):
+    """The network of a workload, trained to put out its targets over and over, for comparison.
+
+    Args:
+        backbone: [B, F] -> [B, H].
+        outputs: P.
+    """
+
+    def __init__(self, backbone: tf_keras.Model, outputs: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projection = tf_keras.layers.Dense(outputs)
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        return self.projection(self.backbone(inputs, training=training))  # [B, P]
+
+    def forward(
+        self, x: Any, y: Any, sample_weight: Any, training: bool
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        outputs = self(x, training=training)
+        copies = -(-outputs.shape[-1] // y.shape[-1])
+        target = tf.tile(y, [1, copies])[:, : outputs.shape[-1]]
+        loss = tf.reduce_mean(tf.reduce_sum(tf.square(outputs - target), axis=-1))
+        self._trackers.loss.update_state(loss)
+        return loss, outputs
+
+    def as_arrays(self, x: Any, y: Any, sample_weight: Any = None) -> tuple[np.ndarray, ...]:
+        return x, y
+
+
+class Network:
+    """The same network, optimizer and loop with a sum of squares for a loss: a floor."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        w = problem.workload
+        backbone = mdn.backbones.MLP(widths=w.widths, activation="tanh")
+        self.model = SquaresModel(backbone, w.outputs)
+        self.model(problem.x[:1])
+        self.model.compile(tf_keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON))
+
+    def train(self, epochs: int) -> None:
+        p = self.problem
+        self.model.fit(p.x, p.y, batch_size=p.workload.batch, epochs=epochs, verbose=0)
+
+
+class Members:
+    """An ensemble of the model, all members in one program.
+
+    Args:
+        problem: rows.
+        members: M.
+    """
+
+    def __init__(self, problem: Problem, members: int) -> None:
+        ensembles = importlib.import_module("mdn.ensembles")
+        self.problem = problem
+        self.model = ensembles.Ensemble(_model(problem, "Mixture"), members=members)
+        self.model.adapt(problem.x, problem.y)
+        self.model.compile(tf_keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON))
+
+    def train(self, epochs: int) -> None:
+        p = self.problem
+        self.model.fit(p.x, p.y, batch_size=p.workload.batch, epochs=epochs, verbose=0)
+
+
+class FromParquet:
+    """The model on rows of a Parquet file, as `data=parquet` reads them.
+
+    Args:
+        problem: its sizes.
+        folder: with the files that `write_parquet` wrote.
+        stream: read the rows anew in every epoch, instead of once.
+    """
+
+    def __init__(self, problem: Problem, folder: Path, stream: bool) -> None:
+        w = problem.workload
+        targets = [f"y{i}" for i in range(w.targets)]
+        options: dict[str, Any] = {"stream": True} if stream else {}
+        data: Any = Parquet(path=str(folder), targets=targets, **options).load()
+        self.model = mdn.MDN(
+            mdn.heads.Mixture(w.targets, w.components, min_scale=MIN_SCALE),
+            mdn.backbones.MLP(widths=w.widths, activation="tanh"),
+        )
+        self.model.adapt(data.train.x, data.train.y)
+        self.model.compile(tf_keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON))
+        if stream:
+            self.batches = data.stream.batches(self.model, w.batch, seed=0)
+        else:
+            arrays = self.model.arrays(data.train)
+            complete = self.model.is_complete(arrays)
+            self.batches = training_batches(arrays, w.batch, seed=0, complete=complete)
+        self.steps = self.batches.steps
+
+    def train(self, epochs: int) -> None:
+        self.model.fit(self.batches, epochs=epochs, verbose=0)
+
+
+def write_parquet(problem: Problem, folder: Path, files: int = 4) -> None:
+    """Write the rows to Parquet files with the columns x0, x1, .., y0, y1, .."""
+    columns = {f"x{i}": column for i, column in enumerate(problem.x.T)}
+    columns |= {f"y{i}": column for i, column in enumerate(problem.y.T)}
+    frame = pd.DataFrame(columns)
+    for i, rows in enumerate(np.array_split(np.arange(len(frame)), files)):
+        frame.iloc[rows].to_parquet(folder / f"part{i}.parquet")

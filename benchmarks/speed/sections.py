@@ -1,0 +1,121 @@
+"""What is measured: each function returns what one table of the report shows, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mdn
+from benchmarks.speed import ours
+from benchmarks.speed.contenders import NETWORK, PRECISION, Contender
+from benchmarks.speed.measure import START_ROWS, Entrant, disagreements, not_installed, race
+from benchmarks.speed.workloads import Problem, Workload, draw, reference_loss
+
+# Whose memory is looked at, of those that take part.
+_MEMORY = ("mdn", "keras", "torch-solve", "jax-rows")
+DOUBLINGS = 4
+MEMBERS = (1, 5, 20)
+STREAMED_ROWS = 16  # times those of the workload
+
+
+def compete(
+    workload: Workload, contenders: Sequence[Contender], repeats: int
+) -> tuple[list[Entrant], list[str]]:
+    """Race the contenders and the bare network; return them, and where their losses disagree."""
+    problem = ours.with_start(draw(workload))
+    entrants = [_entrant(contender, problem) for contender in (*contenders, NETWORK)]
+    race(entrants, repeats)
+    rows = min(START_ROWS, workload.rows)
+    return entrants, disagreements(entrants, reference_loss(problem, rows))
+
+
+def precision(workload: Workload, repeats: int) -> tuple[list[Entrant], list[str]]:
+    """The same for triangles that are factors of the precision; nothing while `mdn` has none."""
+    head = ours.OursPrecision.head
+    if not hasattr(mdn.heads, head):
+        return [], []
+    problem = ours.with_start(draw(workload), head)
+    entrants = [_entrant(contender, problem) for contender in PRECISION]
+    race(entrants, repeats)
+    rows = min(START_ROWS, workload.rows)
+    return entrants, disagreements(entrants, reference_loss(problem, rows, precision=True))
+
+
+def cost(base: Workload, repeats: int) -> dict[str, list[Entrant]]:
+    """Double N, K and D in turn; return the entrants for each, the base first."""
+    sizes = {"N": "rows", "K": "components", "D": "targets"}
+    series: dict[str, list[Entrant]] = {}
+    entrants = [_sized(base)]
+    for letter, field in sizes.items():
+        grown = []
+        for i in range(1, DOUBLINGS + 1):
+            size = getattr(base, field) * 2**i
+            epochs = max(1, base.epochs // 2**i) if field == "rows" else base.epochs
+            workload = dataclasses.replace(base, **{field: size}, epochs=epochs)
+            grown.append(_sized(dataclasses.replace(workload, name=f"{letter} = {size:,}")))
+        series[letter] = [entrants[0], *grown]
+        entrants += grown
+    race(entrants, repeats)
+    return series
+
+
+def _sized(workload: Workload) -> Entrant:
+    return Entrant(
+        workload.name,
+        "mdn",
+        workload,
+        lambda: ours.Ours(ours.with_start(draw(workload))),
+    )
+
+
+def peaks(workload: Workload, contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
+    """Return label -> what `benchmarks.speed.memory.measure` found."""
+    chosen = [contender for contender in contenders if contender.key in _MEMORY]
+    try:
+        memory = importlib.import_module("benchmarks.speed.memory")
+    except ModuleNotFoundError as error:
+        return {c.label: {"failure": not_installed(error)} for c in chosen}
+    problem = ours.with_start(draw(workload))
+    return {contender.label: memory.measure(problem, contender) for contender in chosen}
+
+
+def ensembles(workload: Workload, repeats: int) -> list[Entrant]:
+    """Race ensembles of 1, 5 and 20 members; nothing while `mdn` has none."""
+    if importlib.util.find_spec("mdn.ensembles") is None:
+        return []
+    problem = draw(workload)
+    entrants = [
+        Entrant(str(m), f"{m} members", workload, partial(ours.Members, problem, m))
+        for m in MEMBERS
+    ]
+    race(entrants, repeats)
+    return entrants
+
+
+def streaming(workload: Workload, repeats: int) -> list[Entrant]:
+    """Race rows in memory and rows read anew each epoch; nothing while `mdn` reads all at once."""
+    if importlib.util.find_spec("mdn.data.streams") is None:
+        return []
+    workload = dataclasses.replace(workload, rows=STREAMED_ROWS * workload.rows, epochs=2)
+    problem = draw(workload)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ours.write_parquet(problem, folder)
+        entrants = [
+            Entrant(label, label, workload, partial(ours.FromParquet, problem, folder, stream))
+            for label, stream in (("in memory", False), ("streamed", True))
+        ]
+        race(entrants, repeats)
+    return entrants
+
+
+def _entrant(contender: Contender, problem: Problem) -> Entrant:
+    return Entrant(
+        contender.key, contender.label, problem.workload, lambda: contender.make(problem)
+    )
