@@ -157,6 +157,13 @@ class TableOptions(SplitOptions):
     max_rows: PositiveInt | None
 
 
+class ParquetOptions(TableOptions):
+    stream: bool
+    held_out_rows: PositiveInt
+    sample_rows: PositiveInt
+    shuffle_rows: PositiveInt
+
+
 class NpzOptions(SplitOptions):
     path: str | None
     x_key: str
@@ -262,7 +269,7 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.data.draws.Gaussians": GaussiansOptions,
     "mdn.data.draws.random_gaussians": RandomGaussiansOptions,
     "mdn.data.tabular.Csv": TableOptions,
-    "mdn.data.tabular.Parquet": TableOptions,
+    "mdn.data.tabular.Parquet": ParquetOptions,
     "mdn.data.arrays.Npz": NpzOptions,
     "mdn.data.flights.Flights": FlightsOptions,
     "mdn.data.digits.Digits": DigitsOptions,

@@ -80,7 +80,7 @@ def training_batches(
 
     chunks = tf.data.Dataset.counter(first_epoch).flat_map(order)
     chunks = chunks.map(lambda rows, real: (tuple(tf.gather(t, rows) for t in tensors), real))
-    return Batches(_shard_by_row(chunks.prefetch(1)), steps, chunk, complete)
+    return Batches(shard_by_row(chunks.prefetch(1)), steps, chunk, complete)
 
 
 def evaluation_batches(
@@ -106,7 +106,7 @@ def evaluation_batches(
     order = _chunked(tf.range(n), n, batch_size, chunk)
     chunks = tf.data.Dataset.from_tensor_slices(order)
     chunks = chunks.map(lambda rows, real: (tuple(tf.gather(t, rows) for t in tensors), real))
-    return Batches(_shard_by_row(chunks.cache().prefetch(1)), steps, chunk, complete)
+    return Batches(shard_by_row(chunks.cache().prefetch(1)), steps, chunk, complete)
 
 
 def epoch_rows(n: int, seed: int | None, epoch: int | tf.Tensor) -> tf.Tensor:
@@ -194,7 +194,7 @@ def stack(
                 key == per_epoch - 1, tf.constant(last, tf.int64), tf.constant(chunk, tf.int64)
             ),
         )
-    return Batches(_shard_by_row(chunks.map(fill_steps).prefetch(1)), steps, chunk)
+    return Batches(shard_by_row(chunks.map(fill_steps).prefetch(1)), steps, chunk)
 
 
 def _fill(tensor: tf.Tensor, filler: float, size: int) -> tf.Tensor:
@@ -206,7 +206,7 @@ def _fill(tensor: tf.Tensor, filler: float, size: int) -> tf.Tensor:
     return tf.ensure_shape(tf.pad(tensor, paddings, constant_values=filler), shape)
 
 
-def _shard_by_row(batches: tf.data.Dataset) -> tf.data.Dataset:
+def shard_by_row(batches: tf.data.Dataset) -> tf.data.Dataset:
     # Several workers share a batch out by rows: there are no files to share out.
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
