@@ -379,6 +379,11 @@ def check_config(config: DictConfig) -> None:
             _check(OPTIONS[group["_target_"]], group, f"{name}.")
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
+    if groups["data"].get("stream") and model["_target_"] in (FITTED, GENERATIVE):
+        name = "distribution" if model["_target_"] == FITTED else "vae"
+        raise ConfigError(
+            f"data.stream=true: model={name} needs its rows in memory; set data.stream=false"
+        )
     if model["_target_"] == FITTED:
         mixture = str(model["distribution"]).endswith("GaussianMixture")
         if mixture and model["components"] is None:

@@ -21,6 +21,7 @@ from mdn.errors import DataError
 # Of each open column, about a page and as much of the file are in memory at a time.
 _READ_AHEAD = 2**18
 _COLUMN_BYTES = 2 * 2**20
+LEAST_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class ParquetReader:
         self._plan = self._pieces()
         self.pieces = len(self._plan)
         # A row takes 8 bytes a column, more or less: text is read as numbers of its dictionary.
-        self._block_rows = int(np.clip(BLOCK_BYTES // (8 * len(self.used)), 256, BLOCK_ROWS))
+        self._block_rows = int(np.clip(BLOCK_BYTES // (8 * len(self.used)), LEAST_ROWS, BLOCK_ROWS))
         self.lanes = int(np.clip(POOL_BYTES // (len(self.used) * _COLUMN_BYTES), 1, 4))
         self._types = self._common_types()
         self._kinds: dict[str, str] = {}
