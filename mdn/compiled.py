@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from mdn.data.generators import stack_generator
 from mdn.data.pipeline import Batches, evaluation_batches, stack, training_batches
 from mdn.errors import ConfigError
 from mdn.updates import FusedAdam, KerasUpdate, State, Update
@@ -203,7 +204,8 @@ class CompiledModel(tf_keras.Model):
         unknown length) Keras's own loop runs, and the log says so.
 
         Args:
-            x: features, images, a `tf.data.Dataset` of batches, or `mdn.data.pipeline.Batches`.
+            x: features, images, a `tf.data.Dataset` or a Python generator of batches, or
+                `mdn.data.pipeline.Batches`.
             y: targets, where x is features.
             batch_size: B, of arrays; default 32.
             epochs: when to stop.
@@ -215,7 +217,8 @@ class CompiledModel(tf_keras.Model):
             class_weight: must be None.
             sample_weight: [N], row weights.
             initial_epoch: epochs that lie behind.
-            steps_per_epoch: batches that make an epoch of a dataset; by default all of them.
+            steps_per_epoch: batches that make an epoch of a dataset, by default all of them; or of
+                a generator.
             validation_steps: the same of `validation_data`.
             validation_batch_size: rows of `validation_data` at a time.
             **kwargs: as in Keras.
@@ -252,6 +255,16 @@ class CompiledModel(tf_keras.Model):
                 batches = self._stacked(batches.unstacked(), steps_per_epoch)
         elif isinstance(x, tf.data.Dataset):
             batches = self._stacked(x, steps_per_epoch)
+        elif isinstance(x, Iterator) and steps_per_epoch is None:
+            self._explain("a generator does not know its length: give steps_per_epoch")
+        elif isinstance(x, Iterator):
+
+            def convert(element: Any) -> tuple[np.ndarray, ...]:
+                return self.as_arrays(*tf_keras.utils.unpack_x_y_sample_weight(element))
+
+            batches = stack_generator(
+                x, convert, steps_per_epoch, epochs - initial_epoch, self._loops.chunk
+            )
         chunk = batches.chunk if isinstance(batches, Batches) else 1
         held_out = validation_data
         if isinstance(held_out, tuple | list):
@@ -384,6 +397,10 @@ class CompiledModel(tf_keras.Model):
         self._steps_per_execution.assign(spe)
         try:
             yield given
+        except tf.errors.OpError:
+            if failures := getattr(train, "failures", None):
+                raise failures[0] from None  # what Python raised says more
+            raise
         finally:
             self._steps_per_execution.assign(1)
             if in_chunks:

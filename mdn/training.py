@@ -207,10 +207,6 @@ def fit(
                 callbacks=[*callbacks, checkpoint, interrupt],
                 verbose=verbose,
             )
-    except tf.errors.OpError:
-        if data.stream is None or data.stream.failure is None:
-            raise
-        raise data.stream.failure from None  # the line that says which file
     except KeyboardInterrupt:
         done = checkpoint.progress.epoch
         for callback in callbacks:

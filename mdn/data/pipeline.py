@@ -27,12 +27,14 @@ class Batches:
         steps: batches an epoch.
         chunk: S, the same for every element.
         complete: no row lacks some of its targets: each has all, or none.
+        failures: what ended chunks that Python makes, which TensorFlow would bury in its own error.
     """
 
     chunks: tf.data.Dataset
     steps: int
     chunk: int
     complete: bool = False
+    failures: list[Exception] = dataclasses.field(default_factory=list)
 
     def unstacked(self) -> tf.data.Dataset:
         """Return the batches one by one, for Keras's own loop."""

@@ -55,12 +55,13 @@ class Stream(Protocol):
     Attributes:
         rows: how many there are.
         digest: SHA-256 of every row.
-        failure: what ended the reading during training, if anything did.
     """
 
-    rows: int
-    digest: str
-    failure: Exception | None
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
 
     def batches(
         self,

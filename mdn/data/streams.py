@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mdn.data.checks import FLOAT32_MAX, check_rows
-from mdn.data.generators import Chunk, fill_chunk, python_chunks
+from mdn.data.generators import Chunk, fill_chunk, python_batches
 from mdn.data.pipeline import Batches, chunk_size
 from mdn.data.rows import Data, Features, Rows
 from mdn.errors import DataError
@@ -139,7 +139,7 @@ class StreamOptions:
     shuffle_rows: int = 262_144
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Stream:
     """The train rows of a reader, as `Data.stream`.
 
@@ -151,7 +151,6 @@ class Stream:
         mean_weight: of the train rows, or None.
         digest: SHA-256 of every value of every row.
         shuffle_rows: rows that are shuffled together.
-        failure: what ended the reading during training, if anything did.
     """
 
     reader: Reader
@@ -161,7 +160,6 @@ class Stream:
     mean_weight: float | None
     digest: str
     shuffle_rows: int
-    failure: Exception | None = None
 
     def batches(
         self,
@@ -197,17 +195,13 @@ class Stream:
         pool = max(min(self.shuffle_rows, POOL_BYTES // row_bytes), chunk * batch_size)
 
         def generate() -> Iterator[Chunk]:
-            try:
-                for epoch in itertools.count(first_epoch):
-                    # Another key than that of any other use of the seed.
-                    rng = np.random.default_rng([seed, epoch, 0x7265_6164])
-                    for arrays in self._shuffled(rng, encode, pool, batch_size, chunk, steps):
-                        yield fill_chunk(arrays, shapes), np.int32(len(arrays[1]) // batch_size)
-            except Exception as error:  # TensorFlow would bury it in its own
-                self.failure = error
-                raise
+            for epoch in itertools.count(first_epoch):
+                # Another key than that of any other use of the seed.
+                rng = np.random.default_rng([seed, epoch, 0x7265_6164])
+                for arrays in self._shuffled(rng, encode, pool, batch_size, chunk, steps):
+                    yield fill_chunk(arrays, shapes), np.int32(len(arrays[1]) // batch_size)
 
-        return Batches(python_chunks(generate, shapes), steps, chunk, self.complete)
+        return python_batches(generate, shapes, steps, self.complete)
 
     def _shuffled(
         self,
