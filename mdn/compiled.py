@@ -255,16 +255,8 @@ class CompiledModel(tf_keras.Model):
                 batches = self._stacked(batches.unstacked(), steps_per_epoch)
         elif isinstance(x, tf.data.Dataset):
             batches = self._stacked(x, steps_per_epoch)
-        elif isinstance(x, Iterator) and steps_per_epoch is None:
-            self._explain("a generator does not know its length: give steps_per_epoch")
         elif isinstance(x, Iterator):
-
-            def convert(element: Any) -> tuple[np.ndarray, ...]:
-                return self.as_arrays(*tf_keras.utils.unpack_x_y_sample_weight(element))
-
-            batches = stack_generator(
-                x, convert, steps_per_epoch, epochs - initial_epoch, self._loops.chunk
-            )
+            batches = self._from_generator(x, steps_per_epoch, epochs - initial_epoch)
         chunk = batches.chunk if isinstance(batches, Batches) else 1
         held_out = validation_data
         if isinstance(held_out, tuple | list):
@@ -369,6 +361,19 @@ class CompiledModel(tf_keras.Model):
         filler = [0.0] * len(spec)
         filler[min(1, len(spec) - 1)] = math.nan  # see `Batches`
         return stack(batches, steps, batch_size, filler, chunk or self._loop.chunk)
+
+    def _from_generator(
+        self, elements: Iterator[Any], steps: int | None, epochs: int
+    ) -> Batches | Iterator[Any]:
+        """Return the batches of a Python generator as chunks, where their number is known."""
+        if steps is None:
+            self._explain("a generator does not know its length: give steps_per_epoch")
+            return elements
+
+        def convert(element: Any) -> tuple[np.ndarray, ...]:
+            return self.as_arrays(*tf_keras.utils.unpack_x_y_sample_weight(element))
+
+        return stack_generator(elements, convert, steps, epochs, self._loop.chunk)
 
     @contextlib.contextmanager
     def _looping(self, train: Any, test: Any) -> Iterator[list[tuple[Any, int | None]]]:

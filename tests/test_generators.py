@@ -92,7 +92,7 @@ def test_what_a_generator_raises_comes_out_as_it_is():
         yield from itertools.islice(batches(x, y), 8)
         raise RuntimeError("the tap is dry")
 
-    with pytest.raises(RuntimeError, match="^the tap is dry$"):
+    with pytest.raises(RuntimeError, match=r"^the tap is dry$"):
         make(x, y).fit(source(), steps_per_epoch=6, epochs=3, verbose=0)
 
 

@@ -70,7 +70,9 @@ class ParquetReader:
         self._plan = self._pieces()
         self.pieces = len(self._plan)
         # A row takes 8 bytes a column, more or less: text is read as numbers of its dictionary.
-        self._block_rows = int(np.clip(BLOCK_BYTES // (8 * len(self.used)), LEAST_ROWS, BLOCK_ROWS))
+        self._block_rows = int(
+            np.clip(BLOCK_BYTES // (8 * len(self.used)), LEAST_ROWS, BLOCK_ROWS)
+        )
         self.lanes = int(np.clip(POOL_BYTES // (len(self.used) * _COLUMN_BYTES), 1, 4))
         self._types = self._common_types()
         self._kinds: dict[str, str] = {}

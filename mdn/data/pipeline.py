@@ -27,7 +27,7 @@ class Batches:
         steps: batches an epoch.
         chunk: S, the same for every element.
         complete: no row lacks some of its targets: each has all, or none.
-        failures: what ended chunks that Python makes, which TensorFlow would bury in its own error.
+        failures: what ended chunks that Python makes; TensorFlow buries it in an error of its own.
     """
 
     chunks: tf.data.Dataset

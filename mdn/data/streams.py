@@ -45,7 +45,7 @@ class Words:
 
     def text(self, index: np.ndarray) -> np.ndarray:
         """Return the words of rows, [n] objects, None where missing."""
-        return np.append(self.values, None)[self.codes[index]]
+        return np.array([*self.values, None], object)[self.codes[index]]
 
     def slots(self, vocabulary: dict[str, int]) -> np.ndarray:
         """Return the place of each row's word in a vocabulary, [n]; 0 where it has none."""
@@ -189,7 +189,7 @@ class Stream:
         widths = [len(self.reader.features), len(self.reader.targets)]
         row_bytes = 4 * (sum(widths) + 1)
         chunk = min(chunk or chunk_size(steps, batch_size * row_bytes), steps)
-        shapes = [(chunk, batch_size, width) for width in widths]
+        shapes: list[tuple[int, ...]] = [(chunk, batch_size, width) for width in widths]
         if self.mean_weight is not None:
             shapes.append((chunk, batch_size))
         pool = max(min(self.shuffle_rows, POOL_BYTES // row_bytes), chunk * batch_size)
@@ -237,7 +237,9 @@ class Stream:
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """Yield the train rows of each block, coded: x [n, C], y [n, D], and perhaps weights."""
         queue = iter(rng.permutation(self.reader.pieces).tolist())
-        lanes = collections.deque(map(self.reader.read, itertools.islice(queue, self.reader.lanes)))
+        lanes = collections.deque(
+            map(self.reader.read, itertools.islice(queue, self.reader.lanes))
+        )
         while lanes:
             lane = lanes.popleft()
             block = next(lane, None)
@@ -358,33 +360,34 @@ class _Scan:
         for part in _PARTS:
             if not self.parts[part]:
                 raise DataError(f"the {part} split has no row with a target: change data.seed")
-        splits = {part: _join(self.parts[part]) for part in _PARTS}
+        train, validation, test = (_join(self.parts[part]) for part in _PARTS)
         numbers = np.concatenate(self.numbers["train"])
-        train = splits["train"]
-        names = {"features": reader.features, "targets": reader.targets}
         check_rows(
-            train.x, train.y, missing, **names, row=lambda i: reader.name(int(numbers[i]))
+            train.x,
+            train.y,
+            missing,
+            features=reader.features,
+            targets=reader.targets,
+            row=lambda i: reader.name(int(numbers[i])),
         )
         mean_weight = None
         if train.weight is not None:
             mean_weight = self.weight / self.rows
-            for part, rows in splits.items():
-                if not rows.weight.any():
-                    raise DataError(
-                        f"data.weight is zero in every {part} row that is in memory: "
-                        "give the rows weights"
-                    )
-                splits[part] = dataclasses.replace(rows, weight=rows.weight / mean_weight)
-        kept = self.rows + len(splits["validation"]) + len(splits["test"])
+            train, validation, test = (
+                self._scale(part, rows, mean_weight)
+                for part, rows in zip(_PARTS, (train, validation, test), strict=True)
+            )
         return Data(
-            **splits,
+            train,
+            validation,
+            test,
             features=reader.features,
             targets=reader.targets,
             missing=missing,
             notes={
-                "data/rows": float(kept),
+                "data/rows": float(self.rows + len(validation) + len(test)),
                 "data/rows_without_target": float(self.dropped),
-                "data/rows_sampled": float(len(splits["train"])),
+                "data/rows_sampled": float(len(train)),
             },
             stream=Stream(
                 reader,
@@ -397,6 +400,13 @@ class _Scan:
             ),
         )
 
+    @staticmethod
+    def _scale(part: str, rows: Rows, mean: float) -> Rows:
+        weight = np.asarray(rows.weight)
+        if not weight.any():
+            raise DataError(f"data.weight is zero in every {part} row: give the rows weights")
+        return dataclasses.replace(rows, weight=weight / mean)
+
     def _feature(self, name: int | str) -> str:
         return self.reader.features[name] if isinstance(name, int) else name
 
@@ -404,13 +414,13 @@ class _Scan:
         """Refuse what float32 cannot hold; return where a column is missing, [n], if it is."""
         if isinstance(column, Words):
             self.digest.update("\x1f".join(column.values).encode())
-            self.digest.update(np.ascontiguousarray(column.codes))
+            self.digest.update(np.ascontiguousarray(column.codes).data)
             missing = column.codes < 0
             return missing if missing.any() else None
         column = np.ascontiguousarray(column)
-        self.digest.update(column)
+        self.digest.update(column.data)
         low, high = column.min(), column.max()  # NaN if any is
-        if -FLOAT32_MAX <= low and high <= FLOAT32_MAX:
+        if low >= -FLOAT32_MAX and high <= FLOAT32_MAX:
             return None
         bad = np.abs(column) > FLOAT32_MAX
         if bad.any():
@@ -423,7 +433,7 @@ class _Scan:
 
     def _check_weight(self, block: Block) -> None:
         weight = np.asarray(block.weight)
-        self.digest.update(np.ascontiguousarray(weight))
+        self.digest.update(np.ascontiguousarray(weight).data)
         bad = ~(np.isfinite(weight) & (weight >= 0))
         if bad.any():
             at = int(bad.argmax())
@@ -467,16 +477,15 @@ def _draw(n: int, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _join(parts: list[Rows]) -> Rows:
-    first = parts[0]
-    x: Features
-    if isinstance(first.x, dict):
-        x = {name: np.concatenate([p.x[name] for p in parts]) for name in first.x}  # type: ignore[index]
+    """Return the rows of all parts, in order."""
+    xs: list[Any] = [part.x for part in parts]
+    if isinstance(xs[0], dict):
+        x: Features = {name: np.concatenate([x[name] for x in xs]) for name in xs[0]}
     else:
-        x = np.concatenate([p.x for p in parts])  # type: ignore[arg-type]
-    weights = [p.weight for p in parts if p.weight is not None]
-    return Rows(
-        x, np.concatenate([p.y for p in parts]), np.concatenate(weights) if weights else None
-    )
+        x = np.concatenate(xs)
+    weights = [part.weight for part in parts if part.weight is not None]
+    weight = np.concatenate(weights) if weights else None
+    return Rows(x, np.concatenate([part.y for part in parts]), weight)
 
 
 def _encoder(encoder: Any) -> Callable[[Any, int], np.ndarray]:

@@ -97,9 +97,7 @@ class Table(abc.ABC):
         x: Features = {name: self.to_feature(frame[name], row) for name in features}
         if not features:
             x = np.zeros((len(frame), 0))
-        y = np.column_stack(
-            [to_number(frame[name], f"target {name!r}", row) for name in targets]
-        )
+        y = np.column_stack([to_number(frame[name], f"target {name!r}", row) for name in targets])
         weight = None
         if self.weight is not None:
             label = f"weight column {self.weight!r}"
