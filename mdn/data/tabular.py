@@ -150,13 +150,7 @@ class Table(abc.ABC):
             value = getattr(self, option) or []
             wanted = [value] if isinstance(value, str) else list(value)
             for name in wanted:
-                if name not in names:
-                    close = difflib.get_close_matches(name, names, n=3)
-                    hint = f"did you mean {' or '.join(close)}? " if close else ""
-                    raise DataError(
-                        f"data.{option}: there is no column {name!r} in {self.path}: "
-                        f"{hint}It has {_shorten(names)}"
-                    )
+                check_column(option, name, names, self.path)
                 if wanted.count(name) > 1:
                     raise DataError(f"data.{option} names {name!r} twice: name it once")
         targets = self.targets or ()
@@ -335,6 +329,16 @@ def find_files(path: str | None, suffixes: tuple[str, ...]) -> list[Path]:
     if not files:
         raise DataError(f"data.path={path} matches no file: check the path")
     return files
+
+
+def check_column(option: str, name: str, names: list[str], path: str | None) -> None:
+    """Check that an option names a column that there is."""
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise DataError(
+            f"data.{option}: there is no column {name!r} in {path}: {hint}It has {_shorten(names)}"
+        )
 
 
 def _head(file: Path) -> bytes:
