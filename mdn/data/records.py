@@ -135,7 +135,7 @@ class TFRecordReader:
             for name in used
         }
         width = len(self.features) + len(self.targets)
-        self._block_rows = int(np.clip(BLOCK_BYTES // (8 * width), 256, BLOCK_ROWS // 4))
+        self._block_rows = int(np.clip(BLOCK_BYTES // (8 * width), 256, BLOCK_ROWS // 16))
 
     def name(self, row: int) -> str:
         file = bisect.bisect_right(self.starts, row) - 1
@@ -143,7 +143,7 @@ class TFRecordReader:
 
     def read(self, piece: int) -> Iterator[Block]:
         start = self.starts[piece]
-        batches = self._records(piece).batch(self._block_rows)
+        batches = self._records(piece).batch(self._block_rows).prefetch(2)
         parsed = batches.map(lambda batch: tf.io.parse_example(batch, self._spec))
         iterator = iter(parsed)
         while True:
