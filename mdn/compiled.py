@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from mdn.data.generators import stack_generator
 from mdn.data.pipeline import Batches, evaluation_batches, stack, training_batches
 from mdn.errors import ConfigError, DataError
 from mdn.updates import FusedAdam, KerasUpdate, State, Update
@@ -212,7 +213,8 @@ class CompiledModel(tf_keras.Model):
         unknown length) Keras's own loop runs, and the log says so.
 
         Args:
-            x: features, images, a `tf.data.Dataset` of batches, or `mdn.data.pipeline.Batches`.
+            x: features, images, a `tf.data.Dataset` or a Python generator of batches, or
+                `mdn.data.pipeline.Batches`.
             y: targets, where x is features.
             batch_size: B, of arrays; default 32.
             epochs: when to stop.
@@ -225,7 +227,8 @@ class CompiledModel(tf_keras.Model):
             class_weight: must be None.
             sample_weight: [N], row weights.
             initial_epoch: epochs that lie behind.
-            steps_per_epoch: batches that make an epoch of a dataset; by default all of them.
+            steps_per_epoch: batches that make an epoch of a dataset, by default all of them; or of
+                a generator.
             validation_steps: the same of `validation_data`.
             validation_batch_size: rows of `validation_data` at a time.
             **kwargs: as in Keras.
@@ -269,6 +272,8 @@ class CompiledModel(tf_keras.Model):
             raise ConfigError(f"{name} is for arrays: put it into the batches of the dataset")
         elif isinstance(x, tf.data.Dataset):
             batches = self._stacked(x, steps_per_epoch)
+        elif isinstance(x, Iterator):
+            batches = self._from_generator(x, steps_per_epoch, epochs - initial_epoch)
         chunk = batches.chunk if isinstance(batches, Batches) else 1
         held_out = validation_data
         if isinstance(held_out, tuple | list):
@@ -383,6 +388,19 @@ class CompiledModel(tf_keras.Model):
             encoded, steps = encoded.repeat(), size
         return stack(encoded, steps, batch_size, filler, chunk or self._loop.chunk)
 
+    def _from_generator(
+        self, elements: Iterator[Any], steps: int | None, epochs: int
+    ) -> Batches | Iterator[Any]:
+        """Return the batches of a Python generator as chunks, where their number is known."""
+        if steps is None:
+            self._explain("a generator does not know its length: give steps_per_epoch")
+            return elements
+
+        def convert(element: Any) -> tuple[np.ndarray, ...]:
+            return self.as_arrays(*tf_keras.utils.unpack_x_y_sample_weight(element))
+
+        return stack_generator(elements, convert, steps, epochs, self._loop.chunk)
+
     @contextlib.contextmanager
     def _looping(self, train: Any, test: Any) -> Iterator[list[tuple[Any, int | None]]]:
         """Prepare Keras for chunks; yield for each of train and test the dataset and its steps."""
@@ -410,6 +428,10 @@ class CompiledModel(tf_keras.Model):
         self._steps_per_execution.assign(spe)
         try:
             yield given
+        except tf.errors.OpError:
+            if failures := getattr(train, "failures", None):
+                raise failures[0] from None  # what Python raised says more
+            raise
         finally:
             self._steps_per_execution.assign(1)
             if in_chunks:

@@ -157,6 +157,23 @@ class TableOptions(SplitOptions):
     max_rows: PositiveInt | None
 
 
+class ParquetOptions(TableOptions):
+    stream: bool
+    held_out_rows: PositiveInt
+    sample_rows: PositiveInt
+    shuffle_rows: PositiveInt
+
+
+class TFRecordOptions(SplitOptions):
+    path: str | None
+    targets: Names | None
+    features: Names | None
+    weight: str | None
+    held_out_rows: PositiveInt
+    sample_rows: PositiveInt
+    shuffle_rows: PositiveInt
+
+
 class NpzOptions(SplitOptions):
     path: str | None
     x_key: str
@@ -262,7 +279,8 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.data.draws.Gaussians": GaussiansOptions,
     "mdn.data.draws.random_gaussians": RandomGaussiansOptions,
     "mdn.data.tabular.Csv": TableOptions,
-    "mdn.data.tabular.Parquet": TableOptions,
+    "mdn.data.tabular.Parquet": ParquetOptions,
+    "mdn.data.records.TFRecord": TFRecordOptions,
     "mdn.data.arrays.Npz": NpzOptions,
     "mdn.data.flights.Flights": FlightsOptions,
     "mdn.data.digits.Digits": DigitsOptions,
@@ -372,6 +390,17 @@ def check_config(config: DictConfig) -> None:
             _check(OPTIONS[group["_target_"]], group, f"{name}.")
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
+    if model["_target_"] in (FITTED, GENERATIVE):
+        name = "distribution" if model["_target_"] == FITTED else "vae"
+        if groups["data"].get("stream"):
+            raise ConfigError(
+                f"data.stream=true: model={name} needs its rows in memory; set data.stream=false"
+            )
+        if groups["data"]["_target_"] == "mdn.data.records.TFRecord":
+            raise ConfigError(
+                f"data=tfrecord is a stream: model={name} needs its rows in memory; use data=npz, "
+                "csv or parquet"
+            )
     if model["_target_"] == FITTED:
         mixture = str(model["distribution"]).endswith("GaussianMixture")
         if mixture and model["components"] is None:

@@ -50,10 +50,10 @@ def train(config: DictConfig, overrides: list[str] | None = None) -> dict[str, f
     seed_everything(config)
     ignored = config.model._target_ == GENERATIVE and "missing" in config.data
     data: Data = make(config, "data", **({"missing": "indicator"} if ignored else {})).load()
-    check_batch_size(len(data.train), config.trainer.batch_size)
+    check_batch_size(data.train_rows, config.trainer.batch_size)
     with strategy.scope():
         model = build_model(config, data)
-        compile_model(model, config, len(data.train) // config.trainer.batch_size)
+        compile_model(model, config, data.train_rows // config.trainer.batch_size)
     chief = is_chief(strategy)
     callbacks, checkpoint = make_callbacks(config, data, directory, chief)
     if not chief:
@@ -177,19 +177,20 @@ def fit(
     first_epoch = checkpoint.restore(model)
     if checkpoint.progress.stopped:
         first_epoch = trainer.epochs  # nothing is left but to take the best weights
-    train_arrays = model.arrays(data.train)
-    batch_size = trainer.batch_size
     verbose = trainer.verbose
     if verbose is None:
         verbose = 1 if sys.stdout.isatty() else 2
-    batches = training_batches(
-        train_arrays,
-        batch_size,
-        seed=config.seed,
-        first_epoch=first_epoch,
-        chunk=trainer.steps_per_execution,
-        complete=model.is_complete(train_arrays),
-    )
+    order = {
+        "seed": config.seed,
+        "first_epoch": first_epoch,
+        "chunk": trainer.steps_per_execution,
+    }
+    if data.stream is None:
+        arrays = model.arrays(data.train)
+        complete = model.is_complete(arrays)
+        batches = training_batches(arrays, trainer.batch_size, **order, complete=complete)
+    else:
+        batches = data.stream.batches(model, trainer.batch_size, **order)
     held_out = model.arrays(data.validation)
     try:
         with Interrupt() as interrupt:
@@ -228,7 +229,7 @@ def finish(
     """Evaluate and export; `metrics.json` comes last and marks the run as finished."""
     model.save(directory / "model.keras")
     task = get_task(config)
-    rows = len(data.train) // config.trainer.batch_size * config.trainer.batch_size
+    rows = data.train_rows // config.trainer.batch_size * config.trainer.batch_size
     metrics = {
         **task.judge(model, data, progress.history, directory / "plots"),
         **data.notes,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tensorflow as tf
 import tf_keras
 from omegaconf import OmegaConf
 
@@ -136,6 +137,19 @@ def tables(tmp_path_factory):
     frame["weight"] = rng.uniform(size=n)
     frame.to_csv(folder / "rows.csv", index=False)
     frame.to_parquet(folder / "rows.parquet")
+    with tf.io.TFRecordWriter(str(folder / "rows.tfrecord")) as file:
+        for size, price in zip(frame["size"], frame["price"], strict=True):
+            lists = {"size": [size], "price": [price]}
+            file.write(
+                tf.train.Example(
+                    features=tf.train.Features(
+                        feature={
+                            name: tf.train.Feature(float_list=tf.train.FloatList(value=value))
+                            for name, value in lists.items()
+                        }
+                    )
+                ).SerializeToString()
+            )
     np.savez(folder / "rows.npz", x=rng.normal(size=[n, 3]), y=rng.normal(size=n))
     x, y = rng.normal(size=[n, 4, 3]), rng.normal(size=[n, 4, 1])
     x[:50, 2:] = np.nan
@@ -144,6 +158,7 @@ def tables(tmp_path_factory):
     return {
         "csv": [f"data.path={folder}/rows.csv", "data.targets=[price]", "data.weight=weight"],
         "parquet": [f"data.path={folder}/rows.parquet", "data.targets=[price,size]"],
+        "tfrecord": [f"data.path={folder}/rows.tfrecord", "data.targets=price"],
         "npz": [f"data.path={folder}/rows.npz"],
         "flights": ["data.max_rows=3000"],
         "points": [f"data.y={rng.normal(size=40).round(3).tolist()}"],

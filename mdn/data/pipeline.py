@@ -28,12 +28,14 @@ class Batches:
         steps: batches an epoch.
         chunk: S, the same for every element.
         complete: no row lacks some of its targets: each has all, or none.
+        failures: what ended chunks that Python makes; TensorFlow buries it in an error of its own.
     """
 
     chunks: tf.data.Dataset
     steps: int
     chunk: int
     complete: bool = False
+    failures: list[Exception] = dataclasses.field(default_factory=list)
 
     def unstacked(self) -> tf.data.Dataset:
         """Return the batches one by one, for Keras's own loop."""
@@ -81,7 +83,7 @@ def training_batches(
 
     chunks = tf.data.Dataset.counter(first_epoch).flat_map(order)
     chunks = chunks.map(lambda rows, real: (tuple(tf.gather(t, rows) for t in tensors), real))
-    return Batches(_shard_by_row(chunks.prefetch(1)), steps, chunk, complete)
+    return Batches(shard_by_row(chunks.prefetch(1)), steps, chunk, complete)
 
 
 def evaluation_batches(
@@ -107,7 +109,7 @@ def evaluation_batches(
     order = _chunked(tf.range(n), n, batch_size, chunk)
     chunks = tf.data.Dataset.from_tensor_slices(order)
     chunks = chunks.map(lambda rows, real: (tuple(tf.gather(t, rows) for t in tensors), real))
-    return Batches(_shard_by_row(chunks.cache().prefetch(1)), steps, chunk, complete)
+    return Batches(shard_by_row(chunks.cache().prefetch(1)), steps, chunk, complete)
 
 
 def epoch_rows(n: int, seed: int | None, epoch: int | tf.Tensor) -> tf.Tensor:
@@ -195,7 +197,7 @@ def stack(
                 key == per_epoch - 1, tf.constant(last, tf.int64), tf.constant(chunk, tf.int64)
             ),
         )
-    return Batches(_shard_by_row(chunks.map(fill_steps).prefetch(1)), steps, chunk)
+    return Batches(shard_by_row(chunks.map(fill_steps).prefetch(1)), steps, chunk)
 
 
 def _fill(tensor: tf.Tensor, filler: float, size: int) -> tf.Tensor:
@@ -214,7 +216,7 @@ def _fill(tensor: tf.Tensor, filler: float, size: int) -> tf.Tensor:
     return tf.ensure_shape(filled, shape)
 
 
-def _shard_by_row(batches: tf.data.Dataset) -> tf.data.Dataset:
+def shard_by_row(batches: tf.data.Dataset) -> tf.data.Dataset:
     # Several workers share a batch out by rows: there are no files to share out.
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -49,6 +49,32 @@ class Truth(Protocol):
         """Return the conditional entropy E[-log p(y | x)] in nats: no model can do better."""
 
 
+class Stream(Protocol):
+    """Train rows that are read anew in every epoch; see `mdn.data.streams`.
+
+    Attributes:
+        rows: how many there are.
+        digest: SHA-256 of every row.
+    """
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def batches(
+        self,
+        model: Any,
+        batch_size: int,
+        *,
+        seed: int,
+        first_epoch: int = 0,
+        chunk: int | None = None,
+    ) -> Any:
+        """Return `mdn.data.pipeline.Batches` whose order is a function of (seed, epoch)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """What a source gives: the three splits, the names, and the truth where it is known.
@@ -63,6 +89,7 @@ class Data:
         truth: the density that the rows were drawn from, for simulators.
         notes: what the source counted, as flat keys for metrics.json.
         image_shape: height and width, where the D targets are the pixels of an image, row by row.
+        stream: what training reads where not all rows are in memory; `train` is then a sample.
     """
 
     train: Rows
@@ -74,10 +101,16 @@ class Data:
     truth: Truth | None = None
     notes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     image_shape: tuple[int, int] | None = None
+    stream: Stream | None = None
+
+    @property
+    def train_rows(self) -> int:
+        """The number of rows that an epoch takes its batches from."""
+        return len(self.train) if self.stream is None else self.stream.rows
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of every row of every split, as hexadecimal."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"" if self.stream is None else self.stream.digest.encode())
         for rows in (self.train, self.validation, self.test):
             columns = rows.x if isinstance(rows.x, dict) else {"": rows.x}
             for name, column in [*columns.items(), ("y", rows.y), ("weight", rows.weight)]:

@@ -81,16 +81,10 @@ class Table(abc.ABC):
         Raises:
             DataError: a file, a column or a value cannot be used; the message says which.
         """
-        files = _find_files(self.path, self.suffixes)
-        if not self.targets:
-            raise DataError(
-                "data.targets is not set: name the columns to predict, data.targets=[...]"
-            )
-        names = self._common_names(files)
-        features = self._choose_features(names)
+        files, targets, features = self._choose()
         options = [self.weight, self.split_column]
-        used = list(dict.fromkeys([*self.targets, *features, *filter(None, options)]))
-        frames = [_attempt(self.kind, file, lambda f: self._read(f, used)) for file in files]
+        used = list(dict.fromkeys([*targets, *features, *filter(None, options)]))
+        frames = [attempt(self.kind, file, lambda f: self._read(f, used)) for file in files]
         frame = pd.concat(frames, keys=[str(file) for file in files], names=["file", "row"])
         if frame.empty:
             raise DataError(f"{self.path} has column names but no rows: give a file with rows")
@@ -100,18 +94,16 @@ class Table(abc.ABC):
             file, number = frame.index[i]
             return f"row {number} of {file}"  # the first row is row 0
 
-        x: Features = {name: self._to_feature(frame[name], row) for name in features}
+        x: Features = {name: self.to_feature(frame[name], row) for name in features}
         if not features:
             x = np.zeros((len(frame), 0))
-        y = np.column_stack(
-            [_to_number(frame[name], f"target {name!r}", row) for name in self.targets]
-        )
+        y = np.column_stack([to_number(frame[name], f"target {name!r}", row) for name in targets])
         weight = None
         if self.weight is not None:
             label = f"weight column {self.weight!r}"
-            weight = _to_number(frame[self.weight], label, row)
+            weight = to_number(frame[self.weight], label, row)
             check_weight(weight, label, row)
-        check_rows(x, y, self.missing, targets=self.targets, row=row)
+        check_rows(x, y, self.missing, targets=targets, row=row)
         indices = split_indices(
             len(y),
             self.split,
@@ -124,15 +116,24 @@ class Table(abc.ABC):
             Rows(x, y, weight),
             indices,
             features=tuple(features),
-            targets=tuple(self.targets),
+            targets=tuple(targets),
             missing=self.missing,
         )
+
+    def _choose(self) -> tuple[list[Path], list[str], list[str]]:
+        """Return the files, and the names of the targets and of the features."""
+        files = find_files(self.path, self.suffixes)
+        if not self.targets:
+            raise DataError(
+                "data.targets is not set: name the columns to predict, data.targets=[...]"
+            )
+        return files, list(self.targets), self._choose_features(self._common_names(files))
 
     def _common_names(self, files: list[Path]) -> list[str]:
         """Return the column names of the first file, which all the others have too."""
         first: list[str] = []
         for file in files:
-            names = _attempt(self.kind, file, self._names)
+            names = attempt(self.kind, file, self._names)
             if len(twice := pd.Index(names)[pd.Index(names).duplicated()]):
                 raise DataError(f"{file} has two columns named {twice[0]!r}: rename one")
             if not first:
@@ -149,13 +150,7 @@ class Table(abc.ABC):
             value = getattr(self, option) or []
             wanted = [value] if isinstance(value, str) else list(value)
             for name in wanted:
-                if name not in names:
-                    close = difflib.get_close_matches(name, names, n=3)
-                    hint = f"did you mean {' or '.join(close)}? " if close else ""
-                    raise DataError(
-                        f"data.{option}: there is no column {name!r} in {self.path}: "
-                        f"{hint}It has {_shorten(names)}"
-                    )
+                check_column(option, name, names, self.path)
                 if wanted.count(name) > 1:
                     raise DataError(f"data.{option} names {name!r} twice: name it once")
         targets = self.targets or ()
@@ -175,16 +170,16 @@ class Table(abc.ABC):
             )
         return features
 
-    def _to_feature(self, column: pd.Series, row: RowName) -> np.ndarray:
+    def to_feature(self, column: pd.Series, row: RowName) -> np.ndarray:
         """Return a column as [N] float64, or as an object array of str and None."""
         name = column.name
         if name in self.categorical or isinstance(column.dtype, pd.CategoricalDtype):
-            return _to_text(column)
+            return to_text(column)
         kind = pd.api.types.infer_dtype(column, skipna=True)
         if kind in ("boolean", "integer", "floating", "mixed-integer-float", "decimal", "empty"):
             return column.to_numpy(np.float64, na_value=np.nan)
         if kind in ("datetime64", "datetime", "date"):
-            return _to_days(column)
+            return to_days(column)
         scalar = kind != "mixed" or column.map(pd.api.types.is_scalar).all()
         if kind not in ("string", "mixed-integer", "mixed") or not scalar:
             raise DataError(
@@ -196,7 +191,7 @@ class Table(abc.ABC):
         if present.str.match(r"\d{4}-\d\d-\d\d").all():
             days = pd.to_datetime(present, utc=True, format="ISO8601", errors="coerce")
             if days.notna().all():
-                return _to_days(days.reindex(column.index))
+                return to_days(days.reindex(column.index))
         odd = pd.to_numeric(present, errors="coerce").isna().to_numpy()
         if 0 < odd.mean() < 0.5:
             i = int(np.flatnonzero(known)[odd.argmax()])
@@ -204,7 +199,7 @@ class Table(abc.ABC):
                 f"feature {name!r} holds numbers but also {column.iloc[i]!r}, in {row(i)}: "
                 f"mend it, or set data.categorical=[{name}]"
             )
-        return _to_text(column)
+        return to_text(column)
 
 
 class Csv(Table):
@@ -252,8 +247,34 @@ class Csv(Table):
         return frame[columns]
 
 
+@dataclasses.dataclass
 class Parquet(Table):
-    """Rows of Parquet files."""
+    """Rows of Parquet files.
+
+    Args:
+        path: a file, a folder, or a glob; several files are read in the order of their names.
+        targets: see `Table`.
+        features: see `Table`.
+        categorical: see `Table`.
+        weight: see `Table`.
+        missing: see `Table`.
+        split: see `Table`.
+        split_column: see `Table`.
+        validation: see `Table`.
+        test: see `Table`.
+        seed: of the split; of a stream also of the sample.
+        max_rows: see `Table`.
+        stream: read the train rows anew in every epoch, so that memory does not grow with the
+            files; see `mdn.data.streams`. `Data.train` is then a sample of them.
+        held_out_rows: of a stream, at most so many rows validate, and so many test.
+        sample_rows: of a stream, so many train rows fit scalers, vocabularies, starting values.
+        shuffle_rows: of a stream, so many rows are shuffled together.
+    """
+
+    stream: bool = False
+    held_out_rows: int = 200_000
+    sample_rows: int = 200_000
+    shuffle_rows: int = 262_144
 
     kind = "Parquet"
     suffixes = (".parquet", ".pq")
@@ -267,12 +288,29 @@ class Parquet(Table):
         names = pyarrow.parquet.read_schema(file).names
         return [name for name in names if not name.startswith("__index_level_")]
 
+    def load(self) -> Data:
+        if not self.stream:
+            return super().load()
+        # Here, as these modules build on this one.
+        from mdn.data.parquet import ParquetReader
+        from mdn.data.streams import StreamOptions, open_stream
+
+        for option, usual in (("split", "random"), ("split_column", None), ("max_rows", None)):
+            if (value := getattr(self, option)) != usual:
+                raise DataError(
+                    f"data.{option}={value} needs all rows in memory: leave it out, or set "
+                    "data.stream=false"
+                )
+        reader = ParquetReader(self, *self._choose())
+        names = [field.name for field in dataclasses.fields(StreamOptions)]
+        return open_stream(reader, StreamOptions(**{name: getattr(self, name) for name in names}))
+
     def _read(self, file: Path, columns: list[str]) -> pd.DataFrame:
         with pyarrow.parquet.ParquetFile(file) as stream:
             return stream.read(columns).to_pandas(ignore_metadata=True)[columns]
 
 
-def _find_files(path: str | None, suffixes: tuple[str, ...]) -> list[Path]:
+def find_files(path: str | None, suffixes: tuple[str, ...]) -> list[Path]:
     """Return the files that a path stands for, sorted by name."""
     if not path:
         raise DataError(
@@ -293,12 +331,22 @@ def _find_files(path: str | None, suffixes: tuple[str, ...]) -> list[Path]:
     return files
 
 
+def check_column(option: str, name: str, names: list[str], path: str | None) -> None:
+    """Check that an option names a column that there is."""
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise DataError(
+            f"data.{option}: there is no column {name!r} in {path}: {hint}It has {_shorten(names)}"
+        )
+
+
 def _head(file: Path) -> bytes:
     with file.open("rb") as stream:
         return stream.read(4096)
 
 
-def _attempt(kind: str, file: Path, read: Callable):
+def attempt(kind: str, file: Path, read: Callable):
     """Return read(file), with what the parsers raise as one line."""
     try:
         return read(file)
@@ -309,7 +357,7 @@ def _attempt(kind: str, file: Path, read: Callable):
         raise DataError(f"{file} cannot be read as {kind}: {first}") from error
 
 
-def _to_number(column: pd.Series, label: str, row: RowName) -> np.ndarray:
+def to_number(column: pd.Series, label: str, row: RowName) -> np.ndarray:
     """Return a target or weight column as [N] float64, NaN where missing."""
     kind = pd.api.types.infer_dtype(column, skipna=True)
     if kind in ("datetime64", "datetime", "date", "timedelta64", "timedelta"):
@@ -329,7 +377,7 @@ def _to_number(column: pd.Series, label: str, row: RowName) -> np.ndarray:
     return numbers.to_numpy(np.float64, na_value=np.nan)
 
 
-def _to_text(column: pd.Series) -> np.ndarray:
+def to_text(column: pd.Series) -> np.ndarray:
     """Return a column as an object array of str, None where missing or empty."""
     values = column.astype(object)
     if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
@@ -339,7 +387,7 @@ def _to_text(column: pd.Series) -> np.ndarray:
     return text
 
 
-def _to_days(column: pd.Series) -> np.ndarray:
+def to_days(column: pd.Series) -> np.ndarray:
     """Return dates as days since 1970-01-01 UTC, [N] float64; dates without a zone are in UTC."""
     times = pd.to_datetime(column, utc=True)
     days = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)

@@ -1,0 +1,245 @@
+"""Parquet files as a stream: blocks of columns, read without holding a file in memory."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+
+from mdn.data.checks import RowName
+from mdn.data.streams import BLOCK_BYTES, BLOCK_ROWS, POOL_BYTES, Block, Words
+from mdn.data.tabular import Parquet, attempt, to_days, to_number, to_text
+from mdn.errors import DataError
+
+# Of each open column, about a page and as much of the file are in memory at a time.
+_READ_AHEAD = 2**18
+_COLUMN_BYTES = 2 * 2**20
+LEAST_ROWS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Consecutive row groups of a file that are read together.
+
+    Attributes:
+        file: which file.
+        groups: which of its row groups.
+        start: number of the first row, over all files.
+    """
+
+    file: int
+    groups: list[int]
+    start: int
+
+
+class ParquetReader:
+    """Rows of Parquet files with the same columns: a `mdn.data.streams.Reader`.
+
+    The columns mean what they do in `mdn.data.tabular.Table`. Whether text is a date or a
+    category, the first block says.
+
+    Args:
+        table: the options.
+        files: in the order of the rows.
+        targets: the columns to predict.
+        features: the columns to predict from.
+    """
+
+    def __init__(
+        self, table: Parquet, files: list[Path], targets: list[str], features: list[str]
+    ) -> None:
+        self.files = files
+        self.features = tuple(features)
+        self.targets = tuple(targets)
+        self.weight = table.weight
+        self.used = list(dict.fromkeys([*targets, *features, *filter(None, [table.weight])]))
+        self._metadata = [
+            attempt(table.kind, file, pyarrow.parquet.read_metadata) for file in self.files
+        ]
+        self.starts = np.cumsum([0, *(m.num_rows for m in self._metadata)]).tolist()
+        self.rows = self.starts[-1]
+        if not self.rows:
+            raise DataError(f"{table.path} has column names but no rows: give a file with rows")
+        self._plan = self._pieces()
+        self.pieces = len(self._plan)
+        # A row takes 8 bytes a column, more or less: text is read as numbers of its dictionary.
+        self._block_rows = int(
+            np.clip(BLOCK_BYTES // (8 * len(self.used)), LEAST_ROWS, BLOCK_ROWS)
+        )
+        self.lanes = int(np.clip(POOL_BYTES // (len(self.used) * _COLUMN_BYTES), 1, 4))
+        self._types = self._common_types()
+        self._kinds: dict[str, str] = {}
+        self._kinds = self._find_kinds(table)
+
+    def name(self, row: int) -> str:
+        file = bisect.bisect_right(self.starts, row) - 1
+        return f"row {row - self.starts[file]} of {self.files[file]}"
+
+    def read(self, piece: int) -> Iterator[Block]:
+        plan = self._plan[piece]
+        start = plan.start
+        for batch in self._batches(plan):
+            if batch.num_rows:
+                yield self._block(batch, start)
+            start += batch.num_rows
+
+    def _batches(self, plan: _Piece) -> Iterator[pa.RecordBatch]:
+        path = self.files[plan.file]
+        try:
+            with pyarrow.parquet.ParquetFile(
+                path,
+                metadata=self._metadata[plan.file],
+                read_dictionary=[n for n in self.used if pa.types.is_string(self._types[n])],
+                # Not whole columns at a time: a row group may be as large as the file.
+                pre_buffer=False,
+                buffer_size=_READ_AHEAD,
+            ) as stream:
+                yield from stream.iter_batches(
+                    self._block_rows, plan.groups, self.used, use_threads=False
+                )
+        except (OSError, pa.ArrowException) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise DataError(f"{path} cannot be read as Parquet: {first}") from error
+
+    def _pieces(self) -> list[_Piece]:
+        """Return the row groups in order, small ones joined."""
+        plan: list[_Piece] = []
+        for file, metadata in enumerate(self._metadata):
+            start, size = self.starts[file], 0
+            for group in range(metadata.num_row_groups):
+                rows = metadata.row_group(group).num_rows
+                if group and size + rows <= BLOCK_ROWS:
+                    plan[-1].groups.append(group)
+                    size += rows
+                else:
+                    plan.append(_Piece(file, [group], start))
+                    size = rows
+                start += rows
+        return plan
+
+    def _common_types(self) -> dict[str, pa.DataType]:
+        """Return the type of each column, which is of one kind in every file."""
+        schemas = [metadata.schema.to_arrow_schema() for metadata in self._metadata]
+        for name in self.used:
+            first = _kind(schemas[0].field(name).type)
+            for file, schema in zip(self.files, schemas, strict=True):
+                if (kind := _kind(schema.field(name).type)) != first:
+                    raise DataError(
+                        f"column {name!r} holds {kind} in {file} and {first} in {self.files[0]}: "
+                        "give files of one kind"
+                    )
+        return {name: schemas[0].field(name).type for name in self.used}
+
+    def _find_kinds(self, table: Parquet) -> dict[str, str]:
+        """Return what each feature is to the model: number, days or text."""
+        batch = next(b for plan in self._plan for b in self._batches(plan) if b.num_rows)
+        kinds = {}
+        for name in self.features:
+            kind = _kind(self._types[name])
+            if name in table.categorical or pa.types.is_dictionary(self._types[name]):
+                kind = "text"
+            elif kind in ("text", "values"):
+                column = batch.column(name)
+                if pa.types.is_dictionary(column.type):
+                    column = column.dictionary_decode()
+                series = column.to_pandas().rename(name)
+                found = table.to_feature(series, self.name)
+                kind = "text"
+                if found.dtype != object and not np.isnan(found).all():
+                    kind = "days"
+            kinds[name] = {"numbers": "number", "dates": "days"}.get(kind, kind)
+        return kinds
+
+    def _block(self, batch: pa.RecordBatch, start: int) -> Block:
+        def row(i: int) -> str:
+            return self.name(start + i)
+
+        y = np.empty((batch.num_rows, len(self.targets)), np.float64)
+        for i, name in enumerate(self.targets):
+            y[:, i] = self._number(batch.column(name), f"target {name!r}", row)
+        weight = None
+        if self.weight is not None:
+            label = f"weight column {self.weight!r}"
+            weight = self._number(batch.column(self.weight), label, row)
+        x: Any = {name: self._feature(name, batch.column(name), row) for name in self.features}
+        return Block(start, x if self.features else np.zeros((len(y), 0)), y, weight)
+
+    def _number(self, column: pa.Array, label: str, row: RowName) -> np.ndarray:
+        if _kind(column.type) == "numbers":
+            return _to_float(column)
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        return to_number(column.to_pandas(), label, row)
+
+    def _feature(self, name: str, column: pa.Array, row: RowName) -> np.ndarray | Words:
+        kind = self._kinds[name]
+        if kind == "number":
+            return _to_float(column)
+        if kind == "days" and _kind(column.type) == "dates":
+            if pa.types.is_date(column.type):  # pandas would make a Python object of each
+                column = column.cast(pa.timestamp("us"))
+            return to_days(column.to_pandas())
+        if not pa.types.is_dictionary(column.type):
+            column = column.dictionary_encode()
+        codes = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        values = column.dictionary.to_pandas()
+        text = _words(values)
+        known = np.append([word is not None for word in text], False)
+        codes = np.where(known[codes], codes, -1)
+        if kind == "text":
+            return Words(codes, np.where(known[:-1], text, ""))
+        times = pd.to_datetime(
+            pd.Series(text, dtype=object), utc=True, format="ISO8601", errors="coerce"
+        )
+        days = np.append(to_days(times), np.nan)
+        odd = np.isnan(days[codes]) & (codes >= 0)
+        if odd.any():
+            at = int(odd.argmax())
+            raise DataError(
+                f"feature {name!r} holds dates but also {text[codes[at]]!r}, in {row(at)}: "
+                f"mend it, or set data.categorical=[{name}]"
+            )
+        return days[codes]
+
+
+def _kind(kind: pa.DataType) -> str:
+    """Return what a message calls the values of a column."""
+    types = pa.types
+    if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
+        return "numbers"
+    if types.is_decimal(kind) or types.is_null(kind):
+        return "numbers"
+    if types.is_date(kind) or types.is_timestamp(kind):
+        return "dates"
+    if types.is_dictionary(kind):
+        return "text"
+    if types.is_string(kind) or types.is_large_string(kind):
+        return "text"
+    return "values"
+
+
+def _to_float(column: pa.Array) -> np.ndarray:
+    """Return numbers as [n] float32 where they are that, else float64; NaN where missing."""
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    elif not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        column = column.cast(pa.float64())
+    values = column.to_numpy(zero_copy_only=False)
+    return values if values.dtype == np.float32 else values.astype(np.float64)
+
+
+def _words(values: pd.Series) -> np.ndarray:
+    """Return the words of a dictionary, None for what counts as missing."""
+    if pd.api.types.is_float_dtype(values):
+        # Of a block alone it is not known whether all numbers of the column are whole.
+        return np.array(
+            [None if v != v else str(int(v)) if v == int(v) else str(v) for v in values], object
+        )
+    return to_text(values)
