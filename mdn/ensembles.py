@@ -10,9 +10,10 @@ M ensemble members, N rows, S steps of a chunk.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +66,8 @@ class Ensemble(MDN):
         ConfigError: there is no such ensemble.
     """
 
+    tracked: tuple[str, ...] = ("loss", "nll", "gradient_norm")
+
     def __init__(self, model: MDN, members: int = 5, **kwargs: Any) -> None:
         # Not MDN's own: the head and backbone of the template are no weights of the ensemble.
         super(MDN, self).__init__(**kwargs)
@@ -84,6 +87,7 @@ class Ensemble(MDN):
         self._score: losses.Loss = losses.nll
         self._density: Any = None
         self._split: Any = None
+        self._test_rank: int | None = None  # of the features in the last chunks to evaluate
         for name in self._member_names():
             vars(self._trackers)[name] = tf_keras.metrics.Mean(name=name)
         self.tracked = (*type(self).tracked, *self._member_names())
@@ -95,12 +99,12 @@ class Ensemble(MDN):
         return [f"nll_{m}" for m in range(self.members)]
 
     @property
-    def head(self) -> Any:
+    def head(self) -> Any:  # type: ignore[override]
         """The head that makes densities of stacked parameters; its kernel and bias are unused."""
         return self._template.model.head
 
     @property
-    def backbone(self) -> Any:
+    def backbone(self) -> Any:  # type: ignore[override]
         """The backbone whose layers are stacked; its weights are unused."""
         return self._template.model.backbone
 
@@ -113,6 +117,11 @@ class Ensemble(MDN):
     def stacked_weights(self) -> list[tf.Variable]:
         """The weights of the members, [M, ..] each."""
         return list(self._template.stacked.values())
+
+    def are_stacked(self) -> list[bool]:
+        """Return which of `weights` have a slice for each member."""
+        known = {weight.ref() for weight in self.stacked_weights}
+        return [weight.ref() in known for weight in self.weights]
 
     # ------------------------------------------------------------------ starting values
 
@@ -375,6 +384,17 @@ class Ensemble(MDN):
                     arrays, validation, EVALUATION_BATCH, **{**options, "chunk": x.chunk}
                 )
         return super().fit(x, initial_epoch=initial_epoch, **kwargs)
+
+    @contextlib.contextmanager
+    def _looping(self, train: Any, test: Any) -> Iterator[list[tuple[Any, int | None]]]:
+        if isinstance(test, pipeline.Batches):
+            rank = test.chunks.element_spec[0][0].shape.rank
+            if rank != self._test_rank:  # one program for both would have unknown shapes
+                functions = self._loops.functions
+                self._loops.functions = {k: f for k, f in functions.items() if k[0] != "test"}
+            self._test_rank = rank
+        with super()._looping(train, test) as given:
+            yield given
 
     def forward(
         self, x: Any, y: Any, sample_weight: Any, training: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import tempfile
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tf_keras
 from omegaconf import DictConfig, OmegaConf
@@ -19,8 +21,9 @@ from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.interrupt import Interrupt
 from mdn.config import GENERATIVE, make
 from mdn.data.checks import check_batch_size
-from mdn.data.pipeline import evaluation_batches, training_batches
+from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Data
+from mdn.ensembles import Ensemble, draw_folds, member_batches, member_evaluation_batches
 from mdn.errors import RunError
 from mdn.evaluation import print_table
 from mdn.runs import RunDirectory, provenance
@@ -28,6 +31,9 @@ from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task
 
 log = logging.getLogger(__name__)
+
+EARLY_STOPPING = "mdn.callbacks.stopping.EarlyStopping"
+MEMBER_STOPPING = "mdn.callbacks.stopping.MemberStopping"  # in its place, of an ensemble
 
 
 class InterruptedRunError(RunError):
@@ -138,6 +144,10 @@ def make_callbacks(
             "config_text": OmegaConf.to_yaml(config, resolve=True),
         },
     }
+    stopping = nodes.get("early_stopping")
+    if config.ensemble > 1 and stopping is not None and stopping._target_ == EARLY_STOPPING:
+        config = copy.deepcopy(config)
+        config.callbacks.early_stopping._target_ = MEMBER_STOPPING
     callbacks = [
         make(config, f"callbacks.{name}", **options.get(str(name), {}))
         for name in nodes
@@ -176,32 +186,35 @@ def fit(
     first_epoch = checkpoint.restore(model)
     if checkpoint.progress.stopped:
         first_epoch = trainer.epochs  # nothing is left but to take the best weights
-    train_arrays = model.arrays(data.train)
-    batch_size = trainer.batch_size
     verbose = trainer.verbose
     if verbose is None:
         verbose = 1 if sys.stdout.isatty() else 2
-    batches = training_batches(
-        train_arrays,
-        batch_size,
-        seed=config.seed,
-        first_epoch=first_epoch,
-        chunk=trainer.steps_per_execution,
-        complete=model.is_complete(train_arrays),
-    )
-    held_out = model.arrays(data.validation)
+    if isinstance(model, Ensemble):
+        batches, held_out_batches = folded_batches(model, config, data, first_epoch)
+    else:
+        train_arrays = model.arrays(data.train)
+        batches = training_batches(
+            train_arrays,
+            trainer.batch_size,
+            seed=config.seed,
+            first_epoch=first_epoch,
+            chunk=trainer.steps_per_execution,
+            complete=model.is_complete(train_arrays),
+        )
+        held_out = model.arrays(data.validation)
+        held_out_batches = evaluation_batches(
+            held_out,
+            EVALUATION_BATCH,
+            chunk=batches.chunk,
+            complete=model.is_complete(held_out),
+        )
     try:
         with Interrupt() as interrupt:
             model.fit(
                 batches,
                 epochs=trainer.epochs,
                 initial_epoch=first_epoch,
-                validation_data=evaluation_batches(
-                    held_out,
-                    EVALUATION_BATCH,
-                    chunk=batches.chunk,
-                    complete=model.is_complete(held_out),
-                ),
+                validation_data=held_out_batches,
                 callbacks=[*callbacks, checkpoint, interrupt],
                 verbose=verbose,
             )
@@ -243,6 +256,43 @@ def finish(
     directory.write_json("metrics.json", metrics)
     print_table(metrics)
     return metrics
+
+
+def folded_batches(
+    model: Ensemble, config: DictConfig, data: Data, first_epoch: int
+) -> tuple[Batches, Batches]:
+    """Return what an ensemble learns from and what it validates on: [S, M, B, ..].
+
+    Member 0 has the rows of a single run. Of a random split, the other members hold out as many
+    rows, but others. A split by time, groups or a column stays as it is for every member.
+    """
+    n, held_out = len(data.train), len(data.validation)
+    shared = data.validation is data.train or config.data.get("split", "random") != "random"
+    members = config.ensemble
+    if shared:
+        train = np.tile(np.arange(n), [members, 1])
+        validation = np.tile(np.arange(n, n + held_out), [members, 1])
+    else:
+        rest = np.random.default_rng([config.seed, 0x656E73]).permutation(n)
+        order = np.concatenate([np.arange(n, n + held_out), rest])
+        train, validation = draw_folds(order, held_out, members)
+    arrays = tuple(
+        np.concatenate(parts)
+        for parts in zip(*(model.arrays(r) for r in (data.train, data.validation)), strict=True)
+    )
+    complete = model.is_complete(arrays)
+    batches = member_batches(
+        arrays,
+        train,
+        config.trainer.batch_size,
+        seed=config.seed,
+        first_epoch=first_epoch,
+        chunk=config.trainer.steps_per_execution,
+        complete=complete,
+    )
+    return batches, member_evaluation_batches(
+        arrays, validation, EVALUATION_BATCH, chunk=batches.chunk, complete=complete
+    )
 
 
 class EpochLog(tf_keras.callbacks.Callback):

@@ -70,6 +70,7 @@ class Queries:
 
     log_prob: Any
     mean: Any
+    covariance: Any
     batch_shape: Any
     event_shape: Any
     parameters: dict[str, Any]
