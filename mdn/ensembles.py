@@ -66,8 +66,6 @@ class Ensemble(MDN):
         ConfigError: there is no such ensemble.
     """
 
-    tracked: tuple[str, ...] = ("loss", "nll", "gradient_norm")
-
     def __init__(self, model: MDN, members: int = 5, **kwargs: Any) -> None:
         # Not MDN's own: the head and backbone of the template are no weights of the ensemble.
         super(MDN, self).__init__(**kwargs)
@@ -426,7 +424,7 @@ class Ensemble(MDN):
         counted = self._counted(x, y)  # [M, B] or [M, B, T]; with M = 1 where all have the same
         y = tf.where(counted[..., tf.newaxis], y, tf.cast(self.head.y_loc, y.dtype))
         if complete and self._score is losses.nll:
-            score = losses.nll(y, members, complete=True)
+            score = -members.log_prob(tf.cast(y, members.dtype), complete=True)
         else:
             score = self._score(y, members)
         if sample_weight is not None:

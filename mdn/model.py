@@ -43,7 +43,7 @@ class MDN(TrainedModel):
     [B] or [B, T] and event [D], in the units of y; see `mdn.density`.
     """
 
-    tracked = ("loss", "nll", "gradient_norm")
+    tracked: tuple[str, ...] = ("loss", "nll", "gradient_norm")
 
     def __init__(
         self,
