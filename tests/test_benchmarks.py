@@ -3,7 +3,7 @@
 import re
 import sys
 
-from benchmarks import em
+from benchmarks import em, ensemble
 
 
 def test_em(monkeypatch, capsys):
@@ -14,3 +14,12 @@ def test_em(monkeypatch, capsys):
     assert len(nll) == 2  # scikit-learn's and ours
     assert nll[1] <= nll[0] + 0.01
     assert re.search(r"speed ratio: \d+\.\dx", table)
+
+
+def test_ensemble(monkeypatch, capsys):
+    arguments = ["--rows", "256", "--members", "2", "--epochs", "2", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["ensemble", *arguments])
+    ensemble.main()
+    rows = re.findall(r"\| ([SM]) \| ensemble \| .* \| (\d\.\d\d) \|", capsys.readouterr().out)
+    assert [name for name, _ in rows] == ["S", "M"]
+    assert all(float(ratio) > 0 for _, ratio in rows)
