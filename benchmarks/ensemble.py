@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=[*WORKLOADS])
     options = parser.parse_args()
     print(
         f"{options.members} members, {options.rows:,} rows, {options.epochs} epochs, "
@@ -78,7 +79,8 @@ def main() -> None:
     )
     print("| workload | | first epoch, with compilation, s | others, s | all, s | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name, workload in WORKLOADS.items():
+    for name in options.workloads:
+        workload = WORKLOADS[name]
         x, y = draw(workload, options.rows)
         shared = x, y, workload.batch_size, options.epochs
         alone, together = [], []

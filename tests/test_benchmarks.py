@@ -3,6 +3,8 @@
 import re
 import sys
 
+import pytest
+
 from benchmarks import em, ensemble
 
 
@@ -16,10 +18,11 @@ def test_em(monkeypatch, capsys):
     assert re.search(r"speed ratio: \d+\.\dx", table)
 
 
+@pytest.mark.slow
 def test_ensemble(monkeypatch, capsys):
     arguments = ["--rows", "256", "--members", "2", "--epochs", "2", "--repeats", "1"]
+    arguments += ["--workloads", "S"]
     monkeypatch.setattr(sys, "argv", ["ensemble", *arguments])
     ensemble.main()
-    rows = re.findall(r"\| ([SM]) \| ensemble \| .* \| (\d\.\d\d) \|", capsys.readouterr().out)
-    assert [name for name, _ in rows] == ["S", "M"]
-    assert all(float(ratio) > 0 for _, ratio in rows)
+    found = re.search(r"\| S \| ensemble \| .* \| (\d\.\d\d) \|", capsys.readouterr().out)
+    assert float(found[1]) > 0

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mdn.callbacks.checkpoint import Checkpoint
 from mdn.callbacks.stopping import EarlyStopping, MemberStopping
 from mdn.config import compose_config
 from mdn.data.pipeline import evaluation_batches, training_batches
+from mdn.data.rows import Data, Rows
 from mdn.density import DiagGaussianMixture, GaussianMixture, mixture_of
 from mdn.ensembles import (
     Ensemble,
@@ -23,7 +25,7 @@ from mdn.ensembles import (
     split_covariance,
 )
 from mdn.errors import ConfigError, MDNError
-from mdn.training import InterruptedRunError, train
+from mdn.training import InterruptedRunError, folded_batches, train
 
 RNG = np.random.default_rng(0)
 N, M, SEED = 120, 3, 5
@@ -280,6 +282,26 @@ def test_batches_of_a_member_are_those_of_a_single_run():
             assert int(steps) == int(expected)
             for one, other in zip(a, b, strict=True):
                 np.testing.assert_array_equal(one[: int(steps), m], other[: int(steps)])
+
+
+@pytest.mark.parametrize("split", ["random", "time"])
+def test_only_a_random_split_is_drawn_anew_for_each_member(split):
+    column = [] if split == "random" else ["data.split_column=t"]
+    options = ["data=npz", f"data.split={split}", *column, "trainer.batch_size=8", "ensemble=3"]
+    x = np.arange(50.0)[:, np.newaxis]
+    train_rows, held_out, test = (Rows(part, part) for part in np.split(x, [30, 40]))
+    data = Data(train_rows, held_out, test, ("x",), ("y",))
+    model = types.SimpleNamespace(arrays=lambda rows: (rows.x, rows.y), is_complete=np.all)
+    batches, validation = folded_batches(model, compose_config(options), data, 0)
+    (kept, _), _ = next(iter(validation.chunks))  # [1, M, 10, 1]
+    (learned, _), _ = next(iter(batches.chunks))
+    kept, learned = (np.moveaxis(t[..., 0], 1, 0).reshape(3, -1) for t in (kept, learned))
+    assert list(kept[0]) == list(range(30, 40))
+    assert len({tuple(rows) for rows in kept}) == (3 if split == "random" else 1)
+    for own, other in zip(kept, learned, strict=True):
+        assert not set(own) & set(other)
+        assert len(set(own) | set(other)) == 10 + 24  # of 30 rows, three batches of eight
+        assert max(*own, *other) < 40  # test rows are never seen
 
 
 # ---------------------------------------------------------------------- whole runs
