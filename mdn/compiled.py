@@ -9,14 +9,30 @@ Shape letters: B batch, S steps of a chunk.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
+import tf_keras
+
+from mdn.data.pipeline import Batches, evaluation_batches, stack, training_batches
+from mdn.errors import ConfigError
+from mdn.updates import FusedAdam, KerasUpdate, State, Update
+
+log = logging.getLogger(__name__)
+
+EVALUATION_BATCH = 4096
 
 
 def chunk_function(
-    step: Callable[[Any], Any],
+    step: Callable[[Any, State], State],
+    start: Callable[[], State],
+    finish: Callable[[State], None],
     results: Callable[[], dict[str, tf.Tensor]],
     counter: tf.Variable,
     totals: Sequence[tf.Variable],
@@ -24,7 +40,9 @@ def chunk_function(
     """Return a function of an iterator of `mdn.data.pipeline.Batches.chunks`.
 
     Args:
-        step: what to do with a batch; it acts on variables alone.
+        step: of (batch, state): what to do with a batch, and the new state.
+        start: the state at the start of a chunk.
+        finish: takes the state at the end of a chunk.
         results: the metrics at the end of a chunk.
         counter: counts the steps.
         totals: the sums behind the metrics.
@@ -38,11 +56,12 @@ def chunk_function(
         for total in totals:  # here, as an assignment in Python takes longer than ten steps
             total.assign(tf.where(afresh, tf.zeros_like(total), total))
 
-        def body(i: tf.Tensor) -> list[tf.Tensor]:
-            step(tf.nest.map_structure(lambda t: t[i], batches))
-            return [i + 1]
+        def body(i: tf.Tensor, *state: tf.Tensor) -> list[tf.Tensor]:
+            batch = tf.nest.map_structure(lambda t: t[i], batches)
+            return [i + 1, *step(batch, list(state))]
 
-        tf.while_loop(lambda i: i < steps, body, [tf.constant(0)])
+        loop = [tf.constant(0), *start()]
+        finish(tf.while_loop(lambda i, *state: i < steps, body, loop)[1:])
         return results()
 
     @tf.function(autograph=False, reduce_retracing=True)
@@ -52,3 +71,383 @@ def chunk_function(
         return run(batches, steps, afresh)
 
     return lambda iterator, afresh: take(iterator, tf.constant(afresh))
+
+
+@dataclasses.dataclass
+class _Loop:
+    """How `fit` and `evaluate` run just now.
+
+    Attributes:
+        chunk: steps of a chunk as the user compiled it, or None.
+        train: whether train steps run in chunks.
+        test: whether test steps do.
+        complete: "train" and "test": whether no row lacks some of its targets.
+        functions: the programs so far: ("train" or "test", complete) -> a function of an iterator.
+        afresh: the metrics start at zero with the next chunk.
+        last: the metrics after the last chunk.
+        explained: why Keras's own loop runs, as the log has it already.
+    """
+
+    chunk: int | None = None
+    train: bool = False
+    test: bool = False
+    complete: dict[str, bool] = dataclasses.field(default_factory=dict)
+    functions: dict[tuple[str, bool], Callable] = dataclasses.field(default_factory=dict)
+    afresh: bool = False
+    last: dict[str, tf.Tensor] | None = None
+    explained: str = ""
+
+
+class CompiledModel(tf_keras.Model):
+    """A Keras model whose `fit` and `evaluate` run in chunks."""
+
+    train_function: Any
+    test_function: Any
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._loop = _Loop()
+
+    # ------------------------------------------------------------------ what a model says
+
+    @property
+    def xla(self) -> bool:
+        """Whether a train step can be compiled once and for all."""
+        return True
+
+    def learn(self, data: Any, update: Update, state: State) -> State:
+        """Take a train step with a batch; return the new state of `update`."""
+        raise NotImplementedError
+
+    def results(self, training: bool) -> dict[str, Any]:
+        """Return the metrics so far, the loss first."""
+        raise NotImplementedError
+
+    def totals(self) -> list[tf.Variable]:
+        """Return the sums behind the metrics, which an epoch starts at zero."""
+        raise NotImplementedError
+
+    def as_arrays(self, x: Any, y: Any, sample_weight: Any = None) -> tuple[np.ndarray, ...]:
+        """Return what a user gave to `fit` or `evaluate` as arrays to take batches of.
+
+        Raises:
+            DataError: the model cannot learn from them.
+        """
+        raise NotImplementedError
+
+    def check_arrays(self, x: Any, y: Any, sample_weight: Any) -> None:
+        """Raise a DataError for rows that nothing can be learned from."""
+
+    def is_complete(self, arrays: tuple[np.ndarray, ...]) -> bool:
+        """Return whether each row has all of its targets, or none."""
+        return True
+
+    def encoded(self, batches: tf.data.Dataset) -> tf.data.Dataset:
+        """Return a user's batches with features as the compiled steps take them."""
+        return batches
+
+    def _check_adapted(self) -> None:
+        """Raise a RunError where the model cannot be used yet."""
+
+    # ------------------------------------------------------------------ Keras
+
+    def compile(
+        self,
+        optimizer: Any = "adam",
+        loss: Any = None,
+        *,
+        jit_compile: bool | None = None,
+        steps_per_execution: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Configure training as in Keras.
+
+        Args:
+            optimizer: a Keras optimizer or its name.
+            loss: what the model minimises, where there is a choice.
+            jit_compile: train in XLA; by default where that works: on one device, with a backbone
+                that does not say otherwise (`xla = False`).
+            steps_per_execution: train steps between two visits of Python, and of the callbacks
+                that act on batches; by default up to 500.
+            **kwargs: as for `tf_keras.Model.compile`.
+        """
+        if jit_compile is None:
+            one_device = self.distribute_strategy.num_replicas_in_sync == 1
+            jit_compile = one_device and self.xla and not kwargs.get("run_eagerly")
+        self._loop.chunk = steps_per_execution
+        self._loop.functions = {}
+        super().compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile, **kwargs)
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: Any = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        class_weight: Any = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Train as `tf_keras.Model.fit` does, in chunks of steps that are one XLA program each.
+
+        Where XLA cannot hold a chunk (several replicas, a backbone with `xla = False`, a stream of
+        unknown length) Keras's own loop runs, and the log says so.
+
+        Args:
+            x: features, images, a `tf.data.Dataset` of batches, or `mdn.data.pipeline.Batches`.
+            y: targets, where x is features.
+            batch_size: B, of arrays; default 32.
+            epochs: when to stop.
+            verbose: as in Keras.
+            callbacks: as in Keras.
+            validation_split: share of the last rows of arrays to hold out.
+            validation_data: (x, y) or (x, y, weight), or batches.
+            shuffle: a new order in each epoch, drawn from NumPy's global stream.
+            class_weight: must be None.
+            sample_weight: [N], row weights.
+            initial_epoch: epochs that lie behind.
+            steps_per_epoch: batches that make an epoch of a dataset; by default all of them.
+            validation_steps: the same of `validation_data`.
+            validation_batch_size: rows of `validation_data` at a time.
+            **kwargs: as in Keras.
+
+        Raises:
+            RunError: `adapt` was not called.
+            DataError: rows that nothing can be learned from.
+            ConfigError: an argument that has no meaning here.
+        """
+        self._check_adapted()
+        if class_weight is not None:
+            raise ConfigError("class_weight has no meaning for a density: use sample_weight")
+        batches: Any = x
+        if self._is_arrays(x, y):
+            self.check_arrays(x, y, sample_weight)
+            arrays = self.as_arrays(x, y, sample_weight)
+            if validation_split:
+                at = math.floor(len(arrays[0]) * (1.0 - validation_split))
+                if not 0 < at < len(arrays[0]):
+                    raise ConfigError(f"validation_split={validation_split} leaves no rows")
+                validation_data = validation_data or tuple(array[at:] for array in arrays)
+                arrays = tuple(array[:at] for array in arrays)
+            batches = training_batches(
+                arrays,
+                32 if batch_size is None else batch_size,
+                # Drawn from NumPy's global stream, which tf_keras.utils.set_random_seed seeds.
+                seed=int(np.random.randint(2**31 - 1)) if shuffle else None,
+                first_epoch=initial_epoch,
+                drop_remainder=False,
+                chunk=self._loop.chunk,
+                complete=self.is_complete(arrays),
+            )
+            if steps_per_epoch is not None:
+                batches = self._stacked(batches.unstacked(), steps_per_epoch)
+        elif isinstance(x, tf.data.Dataset):
+            batches = self._stacked(x, steps_per_epoch)
+        chunk = batches.chunk if isinstance(batches, Batches) else 1
+        held_out = validation_data
+        if isinstance(held_out, tuple | list):
+            held_out = self._evaluation_batches(
+                tuple(held_out) if validation_split else self.as_arrays(*held_out),
+                validation_batch_size,
+                chunk,
+            )
+        elif isinstance(held_out, tf.data.Dataset):
+            held_out = self._stacked(held_out, validation_steps, chunk)
+        if isinstance(self.optimizer, tf_keras.optimizers.Optimizer):
+            with self.distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables)
+        with self._looping(batches, held_out) as ((x, steps_per_epoch), (held_out, validation)):
+            return super().fit(
+                x,
+                epochs=epochs,
+                verbose=verbose,
+                callbacks=callbacks,
+                validation_data=held_out,
+                initial_epoch=initial_epoch,
+                steps_per_epoch=steps_per_epoch,
+                validation_steps=validation or validation_steps,
+                **kwargs,
+            )
+
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        sample_weight: Any = None,
+        steps: int | None = None,
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the loss and the metrics, as `tf_keras.Model.evaluate` does.
+
+        Args:
+            x: as for `fit`.
+            y: as for `fit`.
+            batch_size: rows at a time; default 4096.
+            verbose: as in Keras.
+            sample_weight: [N], row weights.
+            steps: batches of a dataset to take; by default all of them.
+            callbacks: as in Keras.
+            **kwargs: as in Keras.
+        """
+        # With the private argument it is `fit` that asks, on what it was given.
+        if not kwargs.get("_use_cached_eval_dataset"):
+            self._check_adapted()
+            if self._is_arrays(x, y):
+                x = self._evaluation_batches(self.as_arrays(x, y, sample_weight), batch_size)
+            elif isinstance(x, tf.data.Dataset):
+                x = self._stacked(x, steps)
+            with self._looping(None, x) as (_, (x, found)):
+                return super().evaluate(
+                    x, verbose=verbose, steps=found or steps, callbacks=callbacks, **kwargs
+                )
+        return super().evaluate(x, verbose=verbose, steps=steps, callbacks=callbacks, **kwargs)
+
+    def _evaluation_batches(
+        self, arrays: tuple[np.ndarray, ...], batch_size: int | None, chunk: int | None = None
+    ) -> Batches:
+        return evaluation_batches(
+            arrays,
+            batch_size or EVALUATION_BATCH,
+            chunk=chunk,
+            complete=self.is_complete(arrays),
+        )
+
+    @staticmethod
+    def _is_arrays(x: Any, y: Any) -> bool:
+        return y is not None or isinstance(x, np.ndarray | list | tf.Tensor)
+
+    def _stacked(
+        self, batches: tf.data.Dataset, steps: int | None, chunk: int | None = None
+    ) -> Batches | tf.data.Dataset:
+        """Return a user's batches as chunks, or as they are where they cannot be stacked."""
+        size = int(batches.cardinality())
+        if steps is None and size == tf.data.INFINITE_CARDINALITY:
+            raise ConfigError("the dataset is endless: say how many steps_per_epoch")
+        if steps is None and size < 0:
+            self._explain("the dataset does not know its length: give steps_per_epoch")
+            return batches
+        if steps is None:
+            batches, steps = batches.repeat(), size
+        batches = self.encoded(batches)
+        spec = batches.element_spec
+        spec = spec if isinstance(spec, tuple) else (spec,)
+        if not all(isinstance(s, tf.TensorSpec) and s.shape.rank for s in spec):
+            self._explain("the batches of the dataset are no tensors")
+            return batches
+        if not all(s.shape[1:].is_fully_defined() for s in spec):
+            self._explain("the batches of the dataset have no fixed shape")
+            return batches
+        batch_size = spec[0].shape[0]
+        if batch_size is None:  # such as `Dataset.batch` makes them, the last one smaller
+            first = next(iter(batches.take(1)))
+            batch_size = len(first[0] if isinstance(first, tuple) else first)
+        filler = [0.0] * len(spec)
+        filler[min(1, len(spec) - 1)] = math.nan  # see `Batches`
+        return stack(batches, steps, batch_size, filler, chunk or self._loop.chunk)
+
+    @contextlib.contextmanager
+    def _looping(self, train: Any, test: Any) -> Iterator[list[tuple[Any, int | None]]]:
+        """Prepare Keras for chunks; yield for each of train and test the dataset and its steps."""
+        loop = self._loop
+        in_chunks = bool(self._jit_compile) and not self.run_eagerly
+        if self.distribute_strategy.num_replicas_in_sync > 1:
+            self._explain("several replicas")
+        elif not in_chunks and not self.xla:
+            self._explain(f"{type(self).__name__}'s backbone says xla = False")
+        given: list[tuple[Any, int | None]] = []
+        for which, batches in (("train", train), ("test", test)):
+            mine = isinstance(batches, Batches)
+            setattr(loop, which, in_chunks and mine)
+            loop.complete[which] = in_chunks and mine and batches.complete
+            if not mine:
+                given.append((batches, None))
+            elif in_chunks:
+                given.append((batches.chunks, batches.steps))
+            else:
+                given.append((batches.unstacked(), batches.steps))
+        spe = next((b.chunk for b in (train, test) if isinstance(b, Batches)), 1)
+        functions = self.train_function, self.test_function
+        if in_chunks:  # Keras keeps functions for single batches, which are not for chunks
+            self.train_function = self.test_function = None
+        self._steps_per_execution.assign(spe)
+        try:
+            yield given
+        finally:
+            self._steps_per_execution.assign(1)
+            if in_chunks:
+                self.train_function, self.test_function = functions
+            loop.train = loop.test = False
+            loop.complete, loop.last = {}, None
+
+    def _explain(self, reason: str) -> None:
+        if self._loop.explained != reason:
+            self._loop.explained = reason
+            log.info("training in Keras's own loop: %s", reason)
+
+    def make_train_function(self, force: bool = False) -> Callable:
+        if not self._loop.train:
+            return super().make_train_function(force)
+        if FusedAdam.supports(self.optimizer, self.trainable_variables):
+            update: Update = FusedAdam(self.optimizer, self.trainable_variables)
+        else:
+            update = KerasUpdate(self.optimizer)
+        return self._chunk_function("train", self.learn, update, self._train_counter)
+
+    def make_test_function(self, force: bool = False) -> Callable:
+        if not self._loop.test:
+            return super().make_test_function(force)
+
+        def test(data: Any, update: Update, state: State) -> State:
+            self.test_step(data)
+            return state
+
+        return self._chunk_function("test", test, None, self._test_counter)
+
+    def _chunk_function(
+        self, which: str, step: Callable, update: Update | None, counter: tf.Variable
+    ) -> Callable:
+        loop = self._loop
+        key = which, loop.complete[which]
+        if key not in loop.functions:
+            loop.functions[key] = chunk_function(
+                lambda batch, state: step(batch, update, state),
+                lambda: [] if update is None else update.start(),
+                lambda state: None if update is None else update.finish(state),
+                lambda: self.results(which == "train"),
+                counter,
+                self.totals(),
+            )
+        function = loop.functions[key]
+
+        def run(iterator: Iterator) -> dict[str, tf.Tensor]:
+            loop.last = function(iterator, loop.afresh)
+            loop.afresh = False
+            return loop.last
+
+        return run
+
+    def reset_metrics(self) -> None:
+        if not (self._loop.train or self._loop.test):
+            super().reset_metrics()
+            return
+        self._loop.afresh = True
+        for metric in super().metrics:
+            metric.reset_state()
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        # What the last chunk returned: to compute it once more takes longer than ten steps.
+        if self._loop.last is not None and tf.executing_eagerly():
+            return self._loop.last
+        return super().get_metrics_result()

@@ -14,13 +14,12 @@ Loss = Callable[[tf.Tensor, Any], tf.Tensor]
 
 
 @tf_keras.saving.register_keras_serializable(package="mdn")
-def nll(y: tf.Tensor, density: Any, complete: bool = False) -> tf.Tensor:
+def nll(y: tf.Tensor, density: Any) -> tf.Tensor:
     """Return each example's negative log likelihood, -log p(y | x).
 
     Args:
         y: [.., D], targets in their original units; NaN marks a missing entry.
         density: batch [..], event [D].
-        complete: no entry of y is missing: a smaller program.
 
     Returns:
         [..], nats per example (not per dimension).
@@ -38,8 +37,7 @@ def nll(y: tf.Tensor, density: Any, complete: bool = False) -> tf.Tensor:
             f"y has shape {y.shape} for densities of batch {density.batch_shape}: "
             "reshape a single target to [N, 1]"
         )
-    y = tf.cast(y, density.dtype)
-    return -(density.log_prob(y, complete=True) if complete else density.log_prob(y))
+    return -density.log_prob(tf.cast(y, density.dtype))
 
 
 LOSSES: dict[str, Loss] = {"nll": nll}

@@ -126,9 +126,10 @@ class MDN(TrainedModel):
 
     def call(self, inputs: Any, training: bool | None = None) -> Queries:
         self._check_adapted()
-        hidden = self.encoder(inputs)  # [.., F]
-        hidden = self.backbone(hidden, training=training)  # [.., H]
-        return self.head(hidden)
+        return self.head(self._hidden(inputs, training))
+
+    def _hidden(self, inputs: Any, training: bool | None) -> tf.Tensor:
+        return self.backbone(self.encoder(inputs), training=training)  # [.., F] to [.., H]
 
     @property
     def parts(self) -> list[Any]:
@@ -152,7 +153,7 @@ class MDN(TrainedModel):
         Args:
             optimizer: a Keras optimizer or its name.
             loss: a name of `mdn.losses.LOSSES`, or a function of (y, density) to [B].
-            jit_compile: see `TrainedModel.compile`.
+            jit_compile: see `CompiledModel.compile`.
             **kwargs: as for `tf_keras.Model.compile`; metrics see the mean of the density.
 
         Raises:
@@ -168,17 +169,15 @@ class MDN(TrainedModel):
 
         Rows without any observed target, and padded steps, count nothing.
         """
-        return self._mean_score(x, y, y_pred, sample_weight, complete=False)
+        y, counted = self._fill(x, y)
+        return self._mean(self._score(y, y_pred), counted, sample_weight)
 
-    def _mean_score(
-        self, x: Any, y: Any, density: Queries, sample_weight: Any, complete: bool
-    ) -> tf.Tensor:
-        counted = self._counted(x, y)
-        y = tf.where(counted[..., tf.newaxis], y, tf.cast(self.head.y_loc, y.dtype))
-        if complete and self._score is losses.nll:
-            score = losses.nll(y, density, complete=True)
-        else:
-            score = self._score(y, density)  # [B] or [B, T]
+    def _fill(self, x: Any, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return y with numbers in the rows that count nothing, and which rows count."""
+        counted = self._counted(x, y)  # [B] or [B, T]
+        return tf.where(counted[..., tf.newaxis], y, tf.cast(self.head.y_loc, y.dtype)), counted
+
+    def _mean(self, score: tf.Tensor, counted: tf.Tensor, sample_weight: Any) -> tf.Tensor:
         count = tf.maximum(tf.reduce_sum(tf.cast(counted, score.dtype)), 1.0)
         if sample_weight is not None:
             sample_weight = tf.cast(sample_weight, score.dtype)
@@ -200,9 +199,13 @@ class MDN(TrainedModel):
     def forward(
         self, x: Any, y: Any, sample_weight: Any, training: bool
     ) -> tuple[tf.Tensor, Queries]:
+        if self._loop.complete.get("train" if training else "test") and self._score is losses.nll:
+            y, counted = self._fill(x, y)
+            hidden = self._hidden(x, training)
+            loss = self._mean(-self.head.log_prob(hidden, y), counted, sample_weight)
+            return loss, self.head(hidden)  # which XLA leaves out where no metric asks for it
         density = self(x, training=training)
-        complete = self._loops.complete.get("train" if training else "test", False)
-        return self._mean_score(x, y, density, sample_weight, complete), density
+        return self.compute_loss(x, y, density, sample_weight), density
 
     def predict_step(self, data: Any) -> tf.Tensor:
         x, _, _ = tf_keras.utils.unpack_x_y_sample_weight(data)

@@ -15,10 +15,11 @@ import tensorflow as tf
 import tf_keras
 from omegaconf import DictConfig, OmegaConf
 
-from mdn.base import EVALUATION_BATCH, TrainedModel
+from mdn.base import TrainedModel
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.interrupt import Interrupt
+from mdn.compiled import EVALUATION_BATCH
 from mdn.config import GENERATIVE, make
 from mdn.data.checks import check_batch_size
 from mdn.data.pipeline import Batches, evaluation_batches, training_batches

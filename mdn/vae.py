@@ -317,6 +317,9 @@ class VAE(TrainedModel):
         return tf.sigmoid(self.logits(self.posterior(inputs, training).loc, training))
 
     def forward(self, x: Any, y: Any, sample_weight: Any, training: bool) -> tuple[tf.Tensor, Any]:
+        # Rows of NaN fill up the last batch of an epoch.
+        counted = tf.logical_not(tf.reduce_any(tf.math.is_nan(x if y is None else y), axis=-1))
+        x = tf.where(counted[:, tf.newaxis], x, tf.zeros_like(x))
         if training:
             step = tf.cast(self.noise[1], tf.float32)
             terms = self.terms(x, 1, next_seed(self.noise), training=True)
@@ -325,9 +328,10 @@ class VAE(TrainedModel):
         else:
             terms = self.terms(x, VALIDATION_DRAWS, tf.constant([0, 0]))
             kl_weight = tf.constant(1.0)
-        count = tf.cast(tf.shape(x)[0], terms.kl.dtype)
-        weight = tf.ones_like(terms.kl) if sample_weight is None else sample_weight
-        weight = tf.cast(weight, terms.kl.dtype)
+        weight = tf.cast(counted, terms.kl.dtype)
+        count = tf.maximum(tf.reduce_sum(weight), 1.0)
+        if sample_weight is not None:
+            weight *= tf.cast(sample_weight, weight.dtype)
         total = tf.reduce_sum(weight * (kl_weight * terms.kl - terms.reconstruction))
         penalty = tf.add_n([tf.cast(term, total.dtype) for term in self.losses] or [0.0])
         values = {
@@ -343,20 +347,13 @@ class VAE(TrainedModel):
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> dict[str, Any]:
         return {metric.name: metric.result() for metric in self.metrics}
 
-    def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `tf_keras.Model.fit` does, after a check of arrays.
-
-        Raises:
-            DataError: `x` is an array, and no images [N, D] of zeros and ones.
-        """
-        if not isinstance(x, tf.data.Dataset):
-            x = check_images(x, self.event_size)
-        return super().fit(x, *args, **kwargs)
+    def as_arrays(self, x: Any, y: Any, sample_weight: Any = None) -> tuple[np.ndarray, ...]:
+        images = check_images(x, self.event_size)
+        return (images,) if sample_weight is None else (images, images, np.asarray(sample_weight))
 
     def arrays(self, rows: Rows) -> tuple[Any, ...]:
         """Return the targets of rows as images; a VAE reads no features."""
-        images = check_images(rows.y, self.event_size)
-        return (images,) if rows.weight is None else (images, images, rows.weight)
+        return self.as_arrays(rows.y, None, rows.weight)
 
     def row_losses(self, rows: Rows) -> np.ndarray:
         return -self.map(lambda images: self.elbo(images, 1, [0, 0]), rows.y)

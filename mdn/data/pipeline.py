@@ -190,7 +190,9 @@ def stack(
         chunks = filled.enumerate().group_by_window(
             key_func=lambda i, _: (i % steps) // chunk,
             reduce_func=lambda _, window: window.map(lambda _, element: element).batch(chunk),
-            window_size_func=lambda key: tf.where(key == per_epoch - 1, last, chunk),
+            window_size_func=lambda key: tf.where(
+                key == per_epoch - 1, tf.constant(last, tf.int64), tf.constant(chunk, tf.int64)
+            ),
         )
     return Batches(_shard_by_row(chunks.map(fill_steps).prefetch(1)), steps, chunk)
 
