@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mdn import backbones, density, features, heads, losses
     from mdn.density import GaussianMixture, MultivariateNormalDiag, MultivariateNormalTriL
+    from mdn.ensembles import Ensemble
     from mdn.errors import MDNError
     from mdn.fitting.distribution import Fit, fit_distribution
     from mdn.model import MDN, load
@@ -20,6 +21,7 @@ __version__ = importlib.metadata.version("mdn")
 _HOME = {
     "MDN": "mdn.model",
     "VAE": "mdn.vae",
+    "Ensemble": "mdn.ensembles",
     "load": "mdn.model",
     "GaussianMixture": "mdn.density",
     "MultivariateNormalDiag": "mdn.density",
@@ -33,6 +35,7 @@ _MODULES = ("backbones", "density", "features", "heads", "losses")
 __all__ = [
     "MDN",
     "VAE",
+    "Ensemble",
     "Fit",
     "GaussianMixture",
     "MDNError",

@@ -83,7 +83,9 @@ class _Loop:
         train: whether train steps run in chunks.
         test: whether test steps do.
         complete: "train" and "test": whether no row lacks some of its targets.
-        functions: the programs so far: ("train" or "test", complete) -> a function of an iterator.
+        ranks: "train" and "test": of the tensors of a chunk, which an ensemble takes in two ways.
+        functions: the programs so far: ("train" or "test", complete, ranks) -> a function of an
+            iterator.
         afresh: the metrics start at zero with the next chunk.
         last: the metrics after the last chunk.
         explained: why Keras's own loop runs, as the log has it already.
@@ -93,7 +95,8 @@ class _Loop:
     train: bool = False
     test: bool = False
     complete: dict[str, bool] = dataclasses.field(default_factory=dict)
-    functions: dict[tuple[str, bool], Callable] = dataclasses.field(default_factory=dict)
+    ranks: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    functions: dict[tuple, Callable] = dataclasses.field(default_factory=dict)
     afresh: bool = False
     last: dict[str, tf.Tensor] | None = None
     explained: str = ""
@@ -415,6 +418,9 @@ class CompiledModel(tf_keras.Model):
             mine = isinstance(batches, Batches)
             setattr(loop, which, in_chunks and mine)
             loop.complete[which] = in_chunks and mine and batches.complete
+            if mine:
+                tensors = batches.chunks.element_spec[0]
+                loop.ranks[which] = tuple(tensor.shape.rank for tensor in tensors)
             if not mine:
                 given.append((batches, None))
             elif in_chunks:
@@ -467,7 +473,7 @@ class CompiledModel(tf_keras.Model):
         self, which: str, step: Callable, update: Update | None, counter: tf.Variable
     ) -> Callable:
         loop = self._loop
-        key = which, loop.complete[which]
+        key = which, loop.complete[which], loop.ranks[which]
         if key not in loop.functions:
             loop.functions[key] = chunk_function(
                 lambda batch, state: step(batch, update, state),

@@ -36,6 +36,9 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Monitored = Literal["loss", "nll", "val_loss", "val_nll"]
 FITTED = "mdn.fit_distribution"  # the model that is no network
 GENERATIVE = "mdn.vae.VAE"  # the model that reads no x, and has no exact nll
+STACKED = tuple(f"mdn.backbones.{name}" for name in ("MLP", "ResNet", "Constant"))
+STREAMED = "mdn.data.records.TFRecord"  # rows that are never in memory
+ONE_DEVICE = tuple(f"mdn.strategy.{name}" for name in ("auto", "cpu", "gpu"))
 Names = str | list[str]  # one name stands for a list of one
 
 
@@ -315,6 +318,7 @@ class TrainerOptions(Section):
 
 class TopOptions(Section):
     loss: Literal["nll"]
+    ensemble: PositiveInt = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     output_dir: str | None
     overwrite: bool
@@ -396,11 +400,13 @@ def check_config(config: DictConfig) -> None:
             raise ConfigError(
                 f"data.stream=true: model={name} needs its rows in memory; set data.stream=false"
             )
-        if groups["data"]["_target_"] == "mdn.data.records.TFRecord":
+        if groups["data"]["_target_"] == STREAMED:
             raise ConfigError(
                 f"data=tfrecord is a stream: model={name} needs its rows in memory; use data=npz, "
                 "csv or parquet"
             )
+    if values["ensemble"] > 1:
+        _check_ensemble(values["ensemble"], groups)
     if model["_target_"] == FITTED:
         mixture = str(model["distribution"]).endswith("GaussianMixture")
         if mixture and model["components"] is None:
@@ -419,6 +425,32 @@ def check_config(config: DictConfig) -> None:
                     f"callbacks.{name}.monitor={node['monitor']}: model=vae has no nll while it "
                     "trains; monitor loss or val_loss"
                 )
+
+
+def _check_ensemble(members: int, groups: dict[str, Any]) -> None:
+    """Raise a ConfigError where these groups have no ensemble."""
+    target = {name: group["_target_"] for name, group in groups.items()}
+    asked = f"ensemble={members}"
+    if target["model"] in (FITTED, GENERATIVE):
+        name = "distribution" if target["model"] == FITTED else "vae"
+        raise ConfigError(f"{asked}: model={name} has no ensemble; set ensemble=1")
+    if target["backbone"] not in STACKED:
+        raise ConfigError(
+            f"{asked}: a {target['backbone']} cannot be stacked; use backbone=mlp, resnet or "
+            "constant, or ensemble=1"
+        )
+    if target["strategy"] not in ONE_DEVICE:
+        raise ConfigError(f"{asked}: trains on one device; use strategy=auto, cpu or gpu")
+    if groups["data"].get("stream") or target["data"] == STREAMED:
+        raise ConfigError(
+            f"{asked}: a stream gives all members the same rows; read them into memory, or set "
+            "ensemble=1"
+        )
+    if groups["optimizer"].get("global_clipnorm") is not None:
+        raise ConfigError(
+            f"{asked}: optimizer.global_clipnorm={groups['optimizer']['global_clipnorm']} would "
+            "clip all members by one norm; set optimizer.global_clipnorm=null"
+        )
 
 
 def make(config: DictConfig, key: str, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from mdn.fitting.em import fit_mixture, group_by_pattern
 
 if TYPE_CHECKING:
     from mdn.density.queries import MixtureParameters
+    from mdn.ensembles import Ensemble
     from mdn.model import MDN
 
 _EM_TOLERANCE = 1e-14
@@ -198,6 +199,36 @@ def evaluate(model: MDN, data: Data, batch_size: int = 4096) -> Evaluation:
     return Evaluation(metrics, pit)
 
 
+def evaluate_members(model: Ensemble, data: Data, batch_size: int = 4096) -> dict[str, float]:
+    """Judge what the members of an ensemble agree on, on the test rows that `evaluate` counts.
+
+    Args:
+        model: as for `evaluate`.
+        data: where the rows come from.
+        batch_size: rows that go through the networks at a time.
+
+    Returns:
+        The metrics:
+
+            test/aleatoric_stddev/<target>: root mean square over the rows of the standard
+                deviation that the members state, in the target's units.
+            test/epistemic_stddev/<target>: of the standard deviation of their means.
+            Both also without the name of a single target. The sum of their squares is the mean
+            variance of the predictive density.
+    """
+    counted = find_counted(data.test)
+    _, weight = _observed(data.test)
+    metrics = {}
+    for part, covariance in model.uncertainty(data.test.x, batch_size)._asdict().items():
+        variance = np.diagonal(covariance, axis1=-2, axis2=-1)[counted]  # [n, D]
+        for name, column in zip(data.targets, variance.T, strict=True):
+            key = f"test/{part}_stddev"
+            metrics[f"{key}/{name}"] = math.sqrt(mean_and_error(column, weight)[0])
+            if len(data.targets) == 1:
+                metrics[key] = metrics[f"{key}/{name}"]
+    return metrics
+
+
 def find_counted(rows: Rows) -> np.ndarray:
     """Return which rows, [N], or which steps, [N, T], have a weight and an observed target."""
     counted = ~np.isnan(rows.y).all(axis=-1)
@@ -251,6 +282,9 @@ def print_table(metrics: dict[str, float], console: Console | None = None) -> No
     for key in metrics:
         if key.startswith("test/rmse/"):
             add(f"RMSE of {key.removeprefix('test/rmse/')}", key, ".4g")
+        if key.startswith(("test/aleatoric_stddev/", "test/epistemic_stddev/")):
+            part, _, target = key.removeprefix("test/").partition("_stddev/")
+            add(f"{part} sd of {target}", key, ".4g")
     add("coverage of the 50 % interval", "test/coverage50", ".3f")
     add("coverage of the 90 % interval", "test/coverage90", ".3f")
     console.print(table, width=min(80, console.width))

@@ -139,24 +139,42 @@ class Head(tfp.layers.DistributionLambda):
         Returns:
             [..], nats.
         """
-        k, d = self.components, self.event_size
+        y = tf.cast(y, self.dtype)
         hidden = tf.reshape(tf.cast(hidden, self.dtype), [-1, hidden.shape[-1]])  # [B, H]
         params = tf.matmul(self.kernel, hidden, transpose_a=True, transpose_b=True)  # [P, B]
         params += self.bias[:, tf.newaxis]
+        rows = tf.reshape(y, [1, -1, self.event_size])
+        return tf.reshape(self.params_log_prob(params[tf.newaxis], rows), tf.shape(y)[:-1])
+
+    def params_log_prob(self, params: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        """Return the log density of unconstrained parameters whose last axis is the batch.
+
+        Args:
+            params: [M, P, B], of M heads with the same scaling of y.
+            y: [M, B, D], in the user's units, nothing missing.
+
+        Returns:
+            [M, B], nats.
+        """
+        k, d = self.components, self.event_size
+        m, n = params.shape[0], tf.shape(params)[2]
         sizes = {name: math.prod(shape) for name, shape in self.layout.items()}
-        parts = dict(zip(sizes, tf.split(params, list(sizes.values()), axis=0), strict=True))
-        y = tf.cast(y, self.dtype)
-        unit = tf.transpose(tf.reshape((y - self.y_loc) / self.y_scale, [-1, d]))  # [D, B]
-        residual = unit - tf.reshape(parts["loc"], [k, d, -1])  # [K, D, B]
-        entries = sizes["unconstrained_scale"] // k
-        raw = tf.reshape(parts["unconstrained_scale"], [k, entries, -1])
-        log_prob = packed_log_prob(residual, raw, self.positivity, self.floor)  # [K, B]
+        parts = dict(zip(sizes, tf.split(params, list(sizes.values()), axis=1), strict=True))
+        unit = tf.transpose((y - self.y_loc) / self.y_scale, [0, 2, 1])  # [M, D, B]
+        residual = unit[:, tf.newaxis] - tf.reshape(parts["loc"], [m, k, d, n])
+        raw = tf.reshape(parts["unconstrained_scale"], [m * k, -1, n])
+        raw.set_shape([m * k, sizes["unconstrained_scale"] // k, params.shape[2]])
+        log_prob = packed_log_prob(
+            tf.reshape(residual, [m * k, d, n]), raw, self.positivity, self.floor
+        )
+        log_prob = tf.reshape(log_prob, [m, k, n])
         if "logits" in parts:
-            logits = parts["logits"]
-            log_prob = tf.reduce_logsumexp(logits + log_prob, axis=0)
-            log_prob -= tf.reduce_logsumexp(logits, axis=0)
-        log_prob -= tf.reduce_sum(tf.math.log(self.y_scale))
-        return tf.reshape(log_prob, tf.shape(y)[:-1])
+            logits = parts["logits"]  # [M, K, B]
+            log_prob = tf.reduce_logsumexp(logits + log_prob, axis=1)
+            log_prob -= tf.reduce_logsumexp(logits, axis=1)
+        else:
+            log_prob = log_prob[:, 0]
+        return log_prob - tf.reduce_sum(tf.math.log(self.y_scale))
 
     def parameters(self, distribution: Any) -> tf.Tensor:
         """Return the params [.., P] of which `distribution` makes this density: its inverse."""

@@ -43,7 +43,7 @@ class MDN(TrainedModel):
     [B] or [B, T] and event [D], in the units of y; see `mdn.density`.
     """
 
-    tracked = ("loss", "nll", "gradient_norm")
+    tracked: tuple[str, ...] = ("loss", "nll", "gradient_norm")
 
     def __init__(
         self,
@@ -88,12 +88,16 @@ class MDN(TrainedModel):
         self.missing = missing
         check_rows(x, y, missing)
         self.encoder.adapt(x)
-        rank = 2 if isinstance(x, dict) else x.ndim
-        if rank == 3 and y.ndim == 3:
-            real = self.encoder.compute_mask(tf.constant(x, tf_keras.backend.floatx())).numpy()
-            y = np.where(real[..., np.newaxis], y, np.nan)  # whatever stands in padded steps
-        self.head.adapt(y, seed=seed)
-        self._build_network(rank)
+        self.head.adapt(self.known_targets(x, y), seed=seed)
+        self._build_network(2 if isinstance(x, dict) else x.ndim)
+
+    def known_targets(self, x: Features, y: np.ndarray) -> np.ndarray:
+        """Return y with NaN for whatever stands in padded steps of [N, T, F] and [N, T, D]."""
+        x, y = _as_features(x), np.asarray(y)
+        if isinstance(x, dict) or x.ndim != 3 or y.ndim != 3:
+            return y
+        real = self.encoder.compute_mask(tf.constant(x, tf_keras.backend.floatx())).numpy()
+        return np.where(real[..., np.newaxis], y, np.nan)
 
     def _build_network(self, rank: int) -> None:
         # One call on zeros makes every weight, also of a backbone that is not ours.
@@ -128,6 +132,11 @@ class MDN(TrainedModel):
 
     def _hidden(self, inputs: Any, training: bool | None) -> tf.Tensor:
         return self.backbone(self.encoder(inputs), training=training)  # [.., F] to [.., H]
+
+    @property
+    def parts(self) -> list[Any]:
+        """The layers and variables that the density is computed from."""
+        return [self.encoder, self.backbone, self.head]
 
     @property
     def xla(self) -> bool:

@@ -17,8 +17,9 @@ from mdn.base import TrainedModel
 from mdn.callbacks.panels import DensityPanels, Panels, VAEPanels
 from mdn.config import make
 from mdn.data.rows import Data
+from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, RunError
-from mdn.evaluation import evaluate
+from mdn.evaluation import evaluate, evaluate_members
 from mdn.export import export_saved_model, export_vae
 from mdn.features import Columns
 from mdn.model import MDN, load
@@ -103,6 +104,25 @@ class DensityTask:
         return DensityPanels(data, rows)
 
 
+class EnsembleTask(DensityTask):
+    """M conditional densities that are trained together: `Ensemble`."""
+
+    def build(self, config: DictConfig, data: Data, **options: Any) -> Ensemble:
+        options = {"event_size": len(data.targets), **options}
+        member = MDN(make(config, "model", **options), make(config, "backbone"))
+        model = Ensemble(member, members=config.ensemble)
+        model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
+        return model
+
+    def check_start(self, model: Any, fresh: MDN, config: DictConfig, data: Data) -> None:
+        members = {"members": model.members}, {"members": config.ensemble}
+        _compare(config, "ensemble", *members)
+        super().check_start(model, fresh, config, data)
+
+    def judge(self, model: Any, data: Data, history: History, plots: Path) -> dict[str, float]:
+        return {**super().judge(model, data, history, plots), **evaluate_members(model, data)}
+
+
 class VAETask:
     """Images and their latent space: `VAE`."""
 
@@ -138,7 +158,8 @@ TASKS: dict[str, type[Task]] = {"mdn.vae.VAE": VAETask}
 
 def get_task(config: DictConfig) -> Task:
     """Return the task of the constructor that `config.model` points at; heads are the rule."""
-    return TASKS.get(config.model._target_, DensityTask)()
+    density = DensityTask if config.get("ensemble", 1) == 1 else EnsembleTask
+    return TASKS.get(config.model._target_, density)()
 
 
 def build_model(config: DictConfig, data: Data) -> TrainedModel:

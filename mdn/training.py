@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import tempfile
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tf_keras
 from omegaconf import DictConfig, OmegaConf
@@ -20,8 +22,9 @@ from mdn.callbacks.interrupt import Interrupt
 from mdn.compiled import EVALUATION_BATCH
 from mdn.config import GENERATIVE, make
 from mdn.data.checks import check_batch_size
-from mdn.data.pipeline import evaluation_batches, training_batches
+from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Data
+from mdn.data.splits import draw_folds
 from mdn.errors import RunError
 from mdn.evaluation import print_table
 from mdn.runs import RunDirectory, provenance
@@ -29,6 +32,9 @@ from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task
 
 log = logging.getLogger(__name__)
+
+EARLY_STOPPING = "mdn.callbacks.stopping.EarlyStopping"
+MEMBER_STOPPING = "mdn.callbacks.stopping.MemberStopping"  # in its place, of an ensemble
 
 
 class InterruptedRunError(RunError):
@@ -139,6 +145,10 @@ def make_callbacks(
             "config_text": OmegaConf.to_yaml(config, resolve=True),
         },
     }
+    stopping = nodes.get("early_stopping")
+    if config.ensemble > 1 and stopping is not None and stopping._target_ == EARLY_STOPPING:
+        config = copy.deepcopy(config)
+        config.callbacks.early_stopping._target_ = MEMBER_STOPPING
     callbacks = [
         make(config, f"callbacks.{name}", **options.get(str(name), {}))
         for name in nodes
@@ -180,30 +190,14 @@ def fit(
     verbose = trainer.verbose
     if verbose is None:
         verbose = 1 if sys.stdout.isatty() else 2
-    order = {
-        "seed": config.seed,
-        "first_epoch": first_epoch,
-        "chunk": trainer.steps_per_execution,
-    }
-    if data.stream is None:
-        arrays = model.arrays(data.train)
-        complete = model.is_complete(arrays)
-        batches = training_batches(arrays, trainer.batch_size, **order, complete=complete)
-    else:
-        batches = data.stream.batches(model, trainer.batch_size, **order)
-    held_out = model.arrays(data.validation)
+    batches, held_out = make_batches(model, config, data, first_epoch)
     try:
         with Interrupt() as interrupt:
             model.fit(
                 batches,
                 epochs=trainer.epochs,
                 initial_epoch=first_epoch,
-                validation_data=evaluation_batches(
-                    held_out,
-                    EVALUATION_BATCH,
-                    chunk=batches.chunk,
-                    complete=model.is_complete(held_out),
-                ),
+                validation_data=held_out,
                 callbacks=[*callbacks, checkpoint, interrupt],
                 verbose=verbose,
             )
@@ -245,6 +239,47 @@ def finish(
     directory.write_json("metrics.json", metrics)
     print_table(metrics)
     return metrics
+
+
+def make_batches(
+    model: TrainedModel, config: DictConfig, data: Data, first_epoch: int
+) -> tuple[Batches, Batches]:
+    """Return what a model learns from and what it is validated on.
+
+    Member 0 of an ensemble has the rows of a single run. Of a random split, the other members hold
+    out as many rows, but others. Any other split stays as it is for all.
+    """
+    order = {
+        "seed": config.seed,
+        "first_epoch": first_epoch,
+        "chunk": config.trainer.steps_per_execution,
+    }
+    size = config.trainer.batch_size
+    held_out = model.arrays(data.validation)
+    validation: dict[str, Any] = {"complete": model.is_complete(held_out)}
+    if data.stream is not None:
+        batches = data.stream.batches(model, size, **order)
+    else:
+        arrays = model.arrays(data.train)
+        if config.ensemble > 1:
+            n, kept = len(data.train), len(data.validation)
+            arrays = tuple(map(np.concatenate, zip(arrays, held_out, strict=True)))
+            rows = np.arange(n + kept)
+            one_set = data.validation is data.train  # so few that all rows do both
+            if config.data.get("split", "random") == "random" and not one_set:
+                rest = np.random.default_rng([config.seed, 0x656E73]).permutation(n)
+                learned, folds = draw_folds(np.append(rows[n:], rest), kept, config.ensemble)
+            else:
+                learned, folds = (
+                    np.tile(part, [config.ensemble, 1]) for part in (rows[:n], rows[n:])
+                )
+            held_out, order["members"], validation["members"] = arrays, learned, folds
+            validation["complete"] = model.is_complete(arrays)
+        order["complete"] = model.is_complete(arrays)
+        batches = training_batches(arrays, size, **order)
+    return batches, evaluation_batches(
+        held_out, EVALUATION_BATCH, chunk=batches.chunk, **validation
+    )
 
 
 class EpochLog(tf_keras.callbacks.Callback):

@@ -3,7 +3,9 @@
 import re
 import sys
 
-from benchmarks import em
+import pytest
+
+from benchmarks import em, ensemble
 
 
 def test_em(monkeypatch, capsys):
@@ -14,3 +16,13 @@ def test_em(monkeypatch, capsys):
     assert len(nll) == 2  # scikit-learn's and ours
     assert nll[1] <= nll[0] + 0.01
     assert re.search(r"speed ratio: \d+\.\dx", table)
+
+
+@pytest.mark.slow
+def test_ensemble(monkeypatch, capsys):
+    arguments = ["--rows", "256", "--members", "2", "--epochs", "2", "--repeats", "1"]
+    arguments += ["--workloads", "S"]
+    monkeypatch.setattr(sys, "argv", ["ensemble", *arguments])
+    ensemble.main()
+    found = re.search(r"\| S \| ensemble \| .* \| (\d\.\d\d) \|", capsys.readouterr().out)
+    assert float(found[1]) > 0

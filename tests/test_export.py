@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from mdn import MDN, backbones, heads
+from mdn import MDN, Ensemble, backbones, heads
 from mdn.errors import ConfigError, RunError
 from mdn.export import export_saved_model
 from mdn.export.saved_model import draw, input_names
@@ -96,7 +96,14 @@ def low_precision():
         tf_keras.mixed_precision.set_global_policy("float32")
 
 
+def ensemble():
+    model = Ensemble(MDN(heads.TriL(2), backbones.MLP([8], dropout=0.5)), members=3)
+    model.adapt(COLUMNS, Y[:, :2], missing="indicator")
+    return model, COLUMNS, Y[:, :2]
+
+
 CASES: dict[str, Callable] = {
+    "ensemble": ensemble,
     "diag": lambda: adapted(heads.Diag(2), backbones.MLP([8], dropout=0.5, layer_norm=True)),
     "tril": lambda: adapted(heads.TriL(3), backbones.ResNet(8, 1), MISSING, missing="indicator"),
     "mixture": lambda: adapted(heads.Mixture(2, 3)),

@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
 def test_readme_has_its_examples():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def test_library_example(tmp_path, monkeypatch):
@@ -36,11 +36,20 @@ def test_library_example(tmp_path, monkeypatch):
     assert np.abs(again.predict(x, verbose=0) - y).mean() < 0.6 * np.abs(y - y.mean(0)).mean()
 
 
+def test_ensemble_example():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=[500, 3])
+    names = {"mdn": mdn, "x": x, "y": x[:, :2] * 5.0 + rng.normal(size=[500, 2]), "x_new": x[:7]}
+    exec(BLOCKS[1], names)
+    whole = names["aleatoric"] + names["epistemic"]
+    np.testing.assert_allclose(whole, names["density"].covariance(), rtol=1e-3, atol=1e-3)
+
+
 def test_fitting_example(capsys):
     rng = np.random.default_rng(0)
     centre = rng.integers(5, size=[2000, 1]) * 6.0
     y = centre + rng.normal(size=[2000, 2])
-    exec(BLOCKS[1], names := {"mdn": mdn, "y": y, "y_new": y[:7]})
+    exec(BLOCKS[2], names := {"mdn": mdn, "y": y, "y_new": y[:7]})
     assert "GaussianMixture by method=em: converged" in capsys.readouterr().out
     loc = np.sort(names["fit"].parameters()["loc"][:, 0])
     np.testing.assert_allclose(loc, [0.0, 6.0, 12.0, 18.0, 24.0], atol=0.3)
@@ -56,7 +65,7 @@ def test_serving_example(tmp_path, monkeypatch):
     Path("runs/first").mkdir(parents=True)
     export_saved_model(model, "runs/first/saved_model")
     names = {}
-    exec(BLOCKS[2], names)
+    exec(BLOCKS[3], names)
     served = names["model"].signatures["serving_default"](x=tf.constant([[0.5]]))
     assert set(served) == {"mean", "stddev", "logits", "loc", "scale_tril"}
     np.testing.assert_allclose(

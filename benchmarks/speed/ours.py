@@ -117,7 +117,9 @@ class SquaresModel(TrainedModel):
         self._trackers.loss.update_state(loss)
         return loss, outputs
 
-    def as_arrays(self, x: Any, y: Any, sample_weight: Any = None) -> tuple[np.ndarray, ...]:
+    def as_arrays(
+        self, x: Any, y: Any = None, sample_weight: Any = None
+    ) -> tuple[np.ndarray, ...]:
         return x, y
 
 

@@ -32,8 +32,8 @@ class Workload:
         components: K.
         widths: units of the hidden layers.
         batch: B.
-        epochs: how many make one measurement, one call of `fit` where there is such a thing. So
-            many that it takes the fastest a third of a second, of which a call's own time is little.
+        epochs: how many make one measurement, one call of `fit` where there is such a thing: a
+            third of a second of the fastest, of which a call's own time is little.
         rows: N.
     """
 

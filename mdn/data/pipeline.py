@@ -1,6 +1,6 @@
 """Batches for `fit` and `evaluate`, stacked in chunks that one program works through.
 
-Shape letters: B batch, N rows, S steps of a chunk.
+Shape letters: B batch, M ensemble members, N rows, S steps of a chunk.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ class Batches:
     """A stream of batches of B rows.
 
     Attributes:
-        chunks: elements (batches, steps): tensors [S, B, ..], and how many of the S batches are
-            real, an int32 scalar. Where the rows do not fill a batch, it has rows without targets.
+        chunks: elements (batches, steps): tensors [S, B, ..], or [S, M, B, ..] of an ensemble,
+            and how many of the S batches are real, an int32 scalar. Where the rows do not fill a
+            batch, it has rows without targets.
         steps: batches an epoch.
         chunk: S, the same for every element.
         complete: no row lacks some of its targets: each has all, or none.
@@ -55,6 +56,7 @@ def training_batches(
     drop_remainder: bool = True,
     chunk: int | None = None,
     complete: bool = False,
+    members: np.ndarray | None = None,
 ) -> Batches:
     """Return an endless stream of shuffled batches.
 
@@ -71,15 +73,24 @@ def training_batches(
             filled up with rows that have no target.
         chunk: S; by default as large as memory and the progress bar allow.
         complete: see `Batches`.
+        members: [M, n], the row numbers of each member of an ensemble. Member m sees the batches
+            that it would see alone with seed + m.
     """
-    n = len(arrays[0])
+    filler = len(arrays[0])
+    n = filler if members is None else members.shape[1]
     steps = n // batch_size if drop_remainder else math.ceil(n / batch_size)
-    chunk = min(chunk or chunk_size(steps, batch_size * _row_bytes(arrays)), steps)
+    chunk = min(chunk or chunk_size(steps, _batch_bytes(arrays, batch_size, members)), steps)
     tensors = _with_filler(arrays)
+    own = [None] if members is None else [tf.constant(rows, tf.int32) for rows in members]
 
     def order(epoch: tf.Tensor) -> tf.data.Dataset:
-        rows = epoch_rows(n, seed, epoch)[: steps * batch_size]
-        return tf.data.Dataset.from_tensor_slices(_chunked(rows, n, batch_size, chunk))
+        orders = []
+        for m, rows in enumerate(own):
+            places = epoch_rows(n, None if seed is None else seed + m, epoch)
+            places = places[: steps * batch_size]
+            orders.append(places if rows is None else tf.gather(rows, places))
+        chunks = _chunked(orders, filler, batch_size, chunk, members is not None)
+        return tf.data.Dataset.from_tensor_slices(chunks)
 
     chunks = tf.data.Dataset.counter(first_epoch).flat_map(order)
     chunks = chunks.map(lambda rows, real: (tuple(tf.gather(t, rows) for t in tensors), real))
@@ -92,6 +103,7 @@ def evaluation_batches(
     *,
     chunk: int | None = None,
     complete: bool = False,
+    members: np.ndarray | None = None,
 ) -> Batches:
     """Return the rows once, in order; the last batch is filled up with rows without target.
 
@@ -100,13 +112,17 @@ def evaluation_batches(
         batch_size: B at most; of as many batches, the smallest that hold the rows are taken.
         chunk: S; by default as large as memory allows.
         complete: see `Batches`.
+        members: [M, n], the row numbers of each member of an ensemble.
     """
-    n = len(arrays[0])
+    filler = len(arrays[0])
+    n = filler if members is None else members.shape[1]
     steps = math.ceil(n / batch_size)
     batch_size = math.ceil(n / steps)
-    chunk = min(chunk or chunk_size(steps, batch_size * _row_bytes(arrays)), steps)
+    chunk = min(chunk or chunk_size(steps, _batch_bytes(arrays, batch_size, members)), steps)
     tensors = _with_filler(arrays)
-    order = _chunked(tf.range(n), n, batch_size, chunk)
+    own = [np.arange(n)] if members is None else list(members)
+    orders = [tf.constant(rows, tf.int32) for rows in own]
+    order = _chunked(orders, filler, batch_size, chunk, members is not None)
     chunks = tf.data.Dataset.from_tensor_slices(order)
     chunks = chunks.map(lambda rows, real: (tuple(tf.gather(t, rows) for t in tensors), real))
     return Batches(shard_by_row(chunks.cache().prefetch(1)), steps, chunk, complete)
@@ -133,8 +149,11 @@ def chunk_size(steps: int, batch_bytes: int) -> int:
     return math.ceil(steps / math.ceil(steps / most))
 
 
-def _row_bytes(arrays: tuple[np.ndarray, ...]) -> int:
-    return sum(4 * math.prod(np.shape(array)[1:]) for array in arrays)
+def _batch_bytes(
+    arrays: tuple[np.ndarray, ...], batch_size: int, members: np.ndarray | None
+) -> int:
+    row_bytes = sum(4 * math.prod(np.shape(array)[1:]) for array in arrays)
+    return batch_size * row_bytes * (1 if members is None else len(members))
 
 
 def _with_filler(arrays: tuple[np.ndarray, ...]) -> tuple[tf.Tensor, ...]:
@@ -150,15 +169,20 @@ def _with_filler(arrays: tuple[np.ndarray, ...]) -> tuple[tf.Tensor, ...]:
 
 
 def _chunked(
-    rows: tf.Tensor, filler: int, batch_size: int, chunk: int
+    orders: list[tf.Tensor], filler: int, batch_size: int, chunk: int, stacked: bool
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return row numbers as [chunks, S, B], filled up, and the real steps of each, [chunks]."""
-    n = rows.shape[0]
+    """Return row numbers [n] as [chunks, S, B], filled up, and the real steps of each, [chunks].
+
+    Stacked: those of all members, as [chunks, S, M, B].
+    """
+    n = orders[0].shape[0]
     steps = math.ceil(n / batch_size)
     count = math.ceil(steps / chunk)
-    rows = tf.pad(rows, [[0, count * chunk * batch_size - n]], constant_values=filler)
+    padding = [[0, count * chunk * batch_size - n]]
+    padded = [tf.pad(rows, padding, constant_values=filler) for rows in orders]
+    parts = [tf.reshape(rows, [count, chunk, batch_size]) for rows in padded]
     real = np.minimum(chunk, steps - chunk * np.arange(count)).astype(np.int32)
-    return tf.reshape(rows, [count, chunk, batch_size]), tf.constant(real)
+    return tf.stack(parts, axis=2) if stacked else parts[0], tf.constant(real)
 
 
 def stack(

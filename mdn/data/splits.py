@@ -9,7 +9,7 @@ import pandas as pd
 
 from mdn.data.checks import check_rows
 from mdn.data.rows import Data, Rows
-from mdn.errors import DataError
+from mdn.errors import ConfigError, DataError
 
 Split = Literal["random", "time", "group", "column"]
 Indices = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -171,3 +171,23 @@ def _take_sides(side: np.ndarray) -> Indices:
         if not len(index):
             raise DataError(f"no row of data.split_column says {name}: each split needs rows")
     return train, validation, test
+
+
+def draw_folds(order: np.ndarray, held_out: int, members: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the train and the validation rows of each member.
+
+    Args:
+        order: [N], all rows; fold m is the m-th stretch of it, and begins anew where it ends.
+        held_out: size of a fold.
+        members: M.
+
+    Returns:
+        [M, N - held_out] and [M, held_out] row numbers, in ascending order each.
+    """
+    n = len(order)
+    if not 0 <= held_out < n:
+        raise ConfigError(f"a fold of {held_out} of {n} rows leaves none to learn from")
+    places = (np.arange(members)[:, None] * held_out + np.arange(held_out)) % n  # [M, held_out]
+    validation = np.sort(order[places], axis=1)
+    train = np.stack([np.setdiff1d(np.arange(n), fold) for fold in validation])
+    return train, validation

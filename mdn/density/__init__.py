@@ -1,6 +1,6 @@
 """The distribution types and their exact queries; knows nothing of networks."""
 
-from mdn.density.mixture import DiagGaussianMixture, GaussianMixture
+from mdn.density.mixture import DiagGaussianMixture, GaussianMixture, mixture_of
 from mdn.density.normal import MultivariateNormalDiag, MultivariateNormalTriL
 from mdn.density.queries import MixtureParameters
 
@@ -10,4 +10,5 @@ __all__ = [
     "MixtureParameters",
     "MultivariateNormalDiag",
     "MultivariateNormalTriL",
+    "mixture_of",
 ]

@@ -5,6 +5,8 @@ Shape letters: B batch, D event size, K components.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -154,3 +156,49 @@ class DiagGaussianMixture(GaussianMixture):
     def scale_tril(self) -> tf.Tensor:
         """[.., K, D, D], diagonal Cholesky factors."""
         return tf.linalg.diag(self.scale_diag)
+
+
+def mixture_of(densities: Queries | Sequence[Queries]) -> GaussianMixture:
+    """Return the mixture of M densities in equal shares.
+
+    Args:
+        densities: normals or mixtures of one type and K, batch [..] each; or one density with
+            batch [M, ..], which holds them all.
+
+    Returns:
+        Batch [..], M K components (K = 1 of a normal), a density's beside each other; of diagonal
+        densities a `DiagGaussianMixture`.
+    """
+    if isinstance(densities, Queries):
+        logits, loc, scale = _as_mixture(densities)
+    else:
+        parts = [_as_mixture(density) for density in densities]
+        logits, loc, scale = (tf.stack(part) for part in zip(*parts, strict=True))
+    first = densities if isinstance(densities, Queries) else densities[0]
+    logits = tf.nn.log_softmax(logits) - math.log(logits.shape[0])
+    diagonal = isinstance(first, MultivariateNormalDiag | DiagGaussianMixture)
+    kind = DiagGaussianMixture if diagonal else GaussianMixture
+    axis = logits.shape.rank - 2  # of M, once it stands before K
+    return kind(*(_join_axes(t, axis) for t in (logits, loc, scale)))
+
+
+def _as_mixture(density: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Return logits [.., K], loc [.., K, D], and scale_diag or scale_tril; K = 1 of a normal."""
+    if isinstance(density, DiagGaussianMixture):
+        return density.logits, density.loc, density.scale_diag
+    if isinstance(density, MultivariateNormalDiag):
+        parameters = density.mixture_parameters()
+        return parameters.logits, parameters.loc, density.scale_diag[..., tf.newaxis, :]
+    return density.mixture_parameters()
+
+
+def _join_axes(tensor: tf.Tensor, axis: int) -> tf.Tensor:
+    """Return [M, .., K, *rest] as [.., M K, *rest], where K stands at `axis` + 1."""
+    order = [*range(1, axis + 1), 0, *range(axis + 1, tensor.shape.rank)]
+    tensor = tf.transpose(tensor, order)  # [.., M, K, *rest]
+    static = tensor.shape
+    shape = tf.shape(tensor)
+    size = static[axis] * static[axis + 1]
+    joined = tf.reshape(tensor, tf.concat([shape[:axis], [size], shape[axis + 2 :]], 0))
+    joined.set_shape([*static[:axis], size, *static[axis + 2 :]])
+    return joined

@@ -70,6 +70,8 @@ class Queries:
 
     log_prob: Any
     mean: Any
+    covariance: Any
+    dtype: Any
     batch_shape: Any
     event_shape: Any
     parameters: dict[str, Any]

@@ -77,8 +77,7 @@ def export_saved_model(
         ],
         "targets": list(targets),
     }
-    layers = (model.encoder, model.backbone, model.head)
-    return write_saved_model(path, overwrite, layers, _trace(model, features), description)
+    return write_saved_model(path, overwrite, model.parts, _trace(model, features), description)
 
 
 def check_path(path: str | os.PathLike[str], overwrite: bool) -> None:
