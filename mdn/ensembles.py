@@ -27,6 +27,7 @@ from mdn.data.splits import draw_folds
 from mdn.density.mixture import mixture_of
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError
+from mdn.inference import largest_batch
 from mdn.model import MDN
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
@@ -82,8 +83,8 @@ class Ensemble(MDN):
         self.missing = "error"
         self._feature_rank: int | None = None
         self._score: losses.Loss = losses.nll
-        self._density: Any = None
-        self._split: Any = None
+        self._programs = types.SimpleNamespace()
+        self._density_type: Any = None
         for name in self._member_names():
             vars(self._trackers)[name] = tf_keras.metrics.Mean(name=name)
         self.tracked = (*type(self).tracked, *self._member_names())
@@ -289,28 +290,30 @@ class Ensemble(MDN):
             ]
         )
 
+    def log_density(self, x: Any, y: tf.Tensor) -> tf.Tensor:
+        return self(x, training=False).log_prob(y)
+
     # ------------------------------------------------------------------ answers for many rows
 
-    def uncertainty(self, x: Features, batch_size: int = 4096) -> Uncertainty:
+    def uncertainty(self, x: Features, batch_size: int | None = None) -> Uncertainty:
         """Return the covariance of the predictive density in two parts (law of total variance).
 
         Args:
             x: [N, F], [N, T, F], or a mapping of columns [N].
-            batch_size: rows that go through the networks at a time.
+            batch_size: rows that go through the networks at a time; by default as many as are
+                fast.
         """
-        self._check_adapted()
-        if self._split is None:
-            self._split = tf.function(
-                lambda x: split_covariance(self.member_densities(x, training=False)),
-                reduce_retracing=True,
-                autograph=False,
-            )
-        x = np.asarray(self.encode(x), tf_keras.backend.floatx())
-        parts = [
-            self._split(tf.constant(x[start : start + batch_size]))
-            for start in range(0, len(x), batch_size)
-        ]
+
+        def split(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return split_covariance(self.member_densities(x, training=False))
+
+        answers = self._over_rows("uncertainty", split, [self._as_rows(x)], batch_size)
+        parts = [part for _, part in answers]
         return Uncertainty(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+    @property
+    def _largest_batch(self) -> int:
+        return largest_batch(self.members * self.head.params_size)
 
     # ------------------------------------------------------------------ Keras
 

@@ -6,8 +6,9 @@ Shape letters: B batch, T time, F features, D event size, N rows.
 from __future__ import annotations
 
 import os
+import types
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mdn.density.queries import Queries
 from mdn.errors import ConfigError, DataError, RunError
 from mdn.features import Columns, Standardize, as_tensors
 from mdn.heads import Head
+from mdn.inference import RowProgram, largest_batch
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
 
@@ -63,7 +65,9 @@ class MDN(TrainedModel):
         self.missing = "error"
         self._feature_rank: int | None = None  # 2 or 3, known from `adapt` on
         self._score: losses.Loss = losses.nll
-        self._density: Any = None
+        # In a namespace, as Keras looks into what attributes hold.
+        self._programs = types.SimpleNamespace()
+        self._density_type: Any = None
 
     # ------------------------------------------------------------------ starting values
 
@@ -237,10 +241,6 @@ class MDN(TrainedModel):
             return batches.map(lambda x, *rest: (self.encoder.codes(x), *rest))
         return batches
 
-    def predict(self, x: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        """Return the mean of the density at each row, [N, D] or [N, T, D]: never a random draw."""
-        return super().predict(self.encode(x), *args, **kwargs)
-
     def arrays(self, rows: Rows) -> tuple[Any, ...]:
         weight = () if rows.weight is None else (rows.weight,)
         return (self.encode(rows.x), rows.y, *weight)
@@ -267,26 +267,46 @@ class MDN(TrainedModel):
             )
         return x
 
-    def densities(self, x: Features, batch_size: int = 4096) -> Iterator[tuple[slice, Queries]]:
+    def densities(
+        self, x: Features, batch_size: int | None = None
+    ) -> Iterator[tuple[slice, Queries]]:
         """Yield (rows, density of those rows), in order, a batch at a time."""
-        self._check_adapted()
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size}: must be at least 1")
-        if self._density is None:  # one per model: a class's own would retrace for each model
-            self._density = tf.function(
-                lambda x: self(x, training=False), reduce_retracing=True, autograph=False
-            )
-        x = np.asarray(self.encode(x), tf_keras.backend.floatx())
-        for start in range(0, len(x), batch_size):
-            rows = slice(start, min(start + batch_size, len(x)))
-            yield rows, self._density(tf.constant(x[rows]))
 
-    def predict_distribution(self, x: Features, batch_size: int = 4096) -> Queries:
+        def tensors(x: tf.Tensor) -> dict[str, tf.Tensor]:
+            density = self(x, training=False)
+            self._density_type = type(density)
+            return density.tensors()
+
+        for rows, parts in self._over_rows("density", tensors, [self._as_rows(x)], batch_size):
+            yield rows, self._density_type(**parts)
+
+    def _over_rows(
+        self, name: str, function: Callable, arrays: list[np.ndarray], batch_size: int | None
+    ) -> Iterator[tuple[slice, Any]]:
+        """Yield (rows, what the program of that name makes of them); `function` makes the program.
+
+        There is one for each model, as a function of the class would be traced for each of them.
+        """
+        programs = vars(self._programs)
+        if name not in programs:
+            compiled = self.xla if self.optimizer is None else bool(self._jit_compile)
+            programs[name] = RowProgram(function, compiled)
+        return programs[name](arrays, self._largest_batch if batch_size is None else batch_size)
+
+    @property
+    def _largest_batch(self) -> int:
+        return largest_batch(self.head.params_size)
+
+    def _as_rows(self, x: Features) -> np.ndarray:
+        self._check_adapted()
+        return np.asarray(self.encode(x), tf_keras.backend.floatx())
+
+    def predict_distribution(self, x: Features, batch_size: int | None = None) -> Queries:
         """Return the density of any number of rows.
 
         Args:
             x: [N, F], [N, T, F], or a mapping of columns [N].
-            batch_size: rows that go through the network at a time.
+            batch_size: rows that go through the network at a time; by default as many as are fast.
 
         Returns:
             The head's type, batch [N] or [N, T]; its `parameters` are NumPy arrays.
@@ -300,12 +320,69 @@ class MDN(TrainedModel):
         }
         return type(parts[0])(**arrays)
 
+    def log_prob(self, x: Features, y: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """Return log p(y | x) of any number of rows, in nats: [N] or [N, T].
+
+        Args:
+            x: [N, F], [N, T, F], or a mapping of columns [N].
+            y: [N, D] or [N, T, D] in the user's units; an entry that is NaN is marginalised.
+            batch_size: rows that go through the network at a time; by default as many as are fast.
+
+        Raises:
+            DataError: y has no D columns, or there are not as many rows of it as of x.
+        """
+        x, y = self._as_rows(x), np.asarray(y, tf_keras.backend.floatx())
+        if y.shape[-1:] != (self.head.event_size,) or len(x) != len(y):
+            raise DataError(
+                f"y has shape {list(y.shape)}: give [{len(x)}, {self.head.event_size}], a row of "
+                "targets for each row of x"
+            )
+        parts = [
+            part.numpy()
+            for _, part in self._over_rows(
+                "log_prob", lambda x, y: self(x, training=False).log_prob(y), [x, y], batch_size
+            )
+        ]
+        return np.concatenate(parts) if parts else np.zeros(y.shape[:-1], y.dtype)
+
+    def log_density(self, x: Any, y: tf.Tensor) -> tf.Tensor:
+        """Return log p(y | x) of a batch, as `self(x).log_prob(y)` does, but faster.
+
+        Args:
+            x: as for a call.
+            y: [B, D] or [B, T, D] in the user's units; an entry that is NaN is marginalised.
+        """
+        self._check_adapted()
+        hidden = self._hidden(x, training=False)
+        return tf.cond(
+            tf.reduce_any(tf.math.is_nan(y)),
+            lambda: self.head(hidden).log_prob(y),
+            lambda: self.head.log_prob(hidden, y),
+        )
+
+    def predict(
+        self, x: Any, batch_size: int | None = None, verbose: Any = "auto", **kwargs: Any
+    ) -> np.ndarray:
+        """Return the mean of the density at each row, [N, D] or [N, T, D]: never a random draw.
+
+        Args:
+            x: [N, F], [N, T, F], a mapping of columns [N], or a `tf.data.Dataset`.
+            batch_size: rows that go through the network at a time; by default as many as are fast.
+            verbose: as in Keras; arrays take no time that a progress bar would show.
+            **kwargs: as in Keras.
+        """
+        x = self.encode(x)
+        if not isinstance(x, np.ndarray) or kwargs or not len(x):
+            return super().predict(x, batch_size, verbose, **kwargs)
+        dtype = tf_keras.backend.floatx()
+        parts = self._over_rows(
+            "mean", lambda x: self(x, training=False).mean(), [x.astype(dtype)], batch_size
+        )
+        return np.concatenate([part.numpy() for _, part in parts])
+
     def row_losses(self, rows: Rows) -> np.ndarray:
-        scores = []
-        for part, density in self.densities(rows.x):
-            score = -density.log_prob(rows.y[part].astype(np.float32)).numpy()
-            scores.append(score.reshape([len(score), -1]).max(axis=1))  # the worst step of each
-        return np.concatenate(scores)
+        losses = -self.log_prob(rows.x, rows.y)
+        return losses.reshape([len(losses), -1]).max(axis=1)  # the worst step of each
 
     # ------------------------------------------------------------------ saving
 

@@ -41,16 +41,20 @@ class InterruptedRunError(RunError):
     """Ctrl-C: what was learned is kept, and the message says where."""
 
 
-def train(config: DictConfig, overrides: list[str] | None = None) -> dict[str, float]:
+def train(
+    config: DictConfig, overrides: list[str] | None = None, launched: float | None = None
+) -> dict[str, float]:
     """Train, evaluate and export as the config says; return what metrics.json holds.
 
     Args:
         config: a config that `mdn.config` composed and checked.
         overrides: the command line it came from, for the record.
+        launched: `time.monotonic()` when the command began, by default now.
 
     Raises:
         MDNError: anything that the user can mend; nothing half-written stays behind.
     """
+    first_step = FirstStep(time.monotonic() if launched is None else launched)
     directory = RunDirectory(config, overrides)
     strategy = make(config, "strategy")
     seed_everything(config)
@@ -62,6 +66,7 @@ def train(config: DictConfig, overrides: list[str] | None = None) -> dict[str, f
         compile_model(model, config, data.train_rows // config.trainer.batch_size)
     chief = is_chief(strategy)
     callbacks, checkpoint = make_callbacks(config, data, directory, chief)
+    callbacks.append(first_step)
     if not chief:
         fit(model, config, data, directory, callbacks, checkpoint)
         with tempfile.TemporaryDirectory() as scratch:
@@ -72,7 +77,7 @@ def train(config: DictConfig, overrides: list[str] | None = None) -> dict[str, f
         log.info("run directory: %s", directory.path)
         try:
             progress = fit(model, config, data, directory, callbacks, checkpoint)
-            metrics = finish(model, config, data, directory, progress)
+            metrics = finish(model, config, data, directory, progress, first_step.seconds)
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 f"interrupted after the training, which is kept in {directory.path}: the same "
@@ -219,6 +224,7 @@ def finish(
     data: Data,
     directory: RunDirectory,
     progress: Progress,
+    to_first_step: float | None = None,
 ) -> dict[str, float]:
     """Evaluate and export; `metrics.json` comes last and marks the run as finished."""
     model.save(directory / "model.keras")
@@ -232,6 +238,8 @@ def finish(
         "train/rows_per_second": rows * progress.epoch / max(progress.seconds, 1e-9),
         "model/parameters": model.count_params(),
     }
+    if to_first_step is not None:  # else nothing was left to train
+        metrics["train/seconds_to_first_step"] = to_first_step
     task.export(model, directory / "saved_model", data.targets)
     if config.get("comparison") is not None:
         metrics |= make(config, "comparison")(config)
@@ -280,6 +288,23 @@ def make_batches(
     return batches, evaluation_batches(
         held_out, EVALUATION_BATCH, chunk=batches.chunk, **validation
     )
+
+
+class FirstStep(tf_keras.callbacks.Callback):
+    """Takes the time from a launch to the end of the first train step, or chunk of them.
+
+    Args:
+        launched: `time.monotonic()` at the launch.
+    """
+
+    def __init__(self, launched: float) -> None:
+        super().__init__()
+        self.launched = launched
+        self.seconds: float | None = None
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self.seconds is None:
+            self.seconds = time.monotonic() - self.launched
 
 
 class EpochLog(tf_keras.callbacks.Callback):

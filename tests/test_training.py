@@ -72,6 +72,7 @@ def test_metrics_are_flat_finite_and_complete(finished):
     assert all(isinstance(v, int | float) and np.isfinite(v) for v in metrics.values())
     assert metrics.keys() >= {
         *("test/nll", "test/nll_se", "test/n", "train/seconds", "train/rows_per_second"),
+        "train/seconds_to_first_step",
         *("model/parameters", "baseline/nll", "data/entropy", "test/regret", "test/regret_se"),
         *("test/rmse", "test/coverage50", "test/coverage90"),
     }

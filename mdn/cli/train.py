@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from mdn.cli import LAUNCHED
 from mdn.cli.quiet import import_tensorflow
 from mdn.config import FITTED, check_config, compose_config, config_dir
 from mdn.errors import MDNError
@@ -34,6 +36,8 @@ def main() -> None:
 
 def _job(config: DictConfig) -> float | None:
     """Train one run; return its test NLL, for a sweep to minimise."""
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    launched = time.monotonic() if sweep else LAUNCHED
     try:
         check_config(config)
         _place(config)
@@ -48,9 +52,13 @@ def _job(config: DictConfig) -> float | None:
             console = logging.StreamHandler(sys.stdout)
             console.setLevel(logging.INFO)
             logger.addHandler(console)
-        run = estimate if config.model._target_ == FITTED else train
+        overrides = list(HydraConfig.get().overrides.task)
         try:
-            return run(config, list(HydraConfig.get().overrides.task)).get("test/nll")
+            if config.model._target_ == FITTED:
+                metrics = estimate(config, overrides)
+            else:
+                metrics = train(config, overrides, launched)
+            return metrics.get("test/nll")
         except InterruptedRunError as error:
             _fail(error, INTERRUPTED)
     except MDNError as error:

@@ -194,7 +194,7 @@ def _trace(model: MDN, features: Any) -> dict[str, Any]:
 
     @tf.function(autograph=False)
     def log_prob(x: Any, y: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"log_prob": model(x, training=False).log_prob(y)}
+        return {"log_prob": model.log_density(x, y)}
 
     @tf.function(autograph=False)
     def sample(x: Any, n: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
