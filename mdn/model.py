@@ -290,7 +290,9 @@ class MDN(TrainedModel):
         programs = vars(self._programs)
         if name not in programs:
             compiled = self.xla if self.optimizer is None else bool(self._jit_compile)
-            programs[name] = RowProgram(function, compiled)
+            # Of bfloat16 XLA leaves roundings out, and would not answer as the artefact does.
+            whole = tf.as_dtype(self.backbone.compute_dtype or self.dtype).size >= 4
+            programs[name] = RowProgram(function, compiled and whole)
         return programs[name](arrays, self._largest_batch if batch_size is None else batch_size)
 
     @property
