@@ -102,6 +102,13 @@ class _Loop:
     explained: str = ""
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Raise a ConfigError for a size below one; None stands for a default."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{name}={size}: must be at least 1")
+
+
 class CompiledModel(tf_keras.Model):
     """A Keras model whose `fit` and `evaluate` run in chunks."""
 
@@ -244,9 +251,7 @@ class CompiledModel(tf_keras.Model):
         self._check_adapted()
         if class_weight is not None:
             raise ConfigError("class_weight has no meaning for a density: use sample_weight")
-        for name, size in (("batch_size", batch_size), ("epochs", epochs)):
-            if size is not None and size < 1:
-                raise ConfigError(f"{name}={size}: must be at least 1")
+        check_sizes(batch_size=batch_size, epochs=epochs)
         batches: Any = x
         split = bool(validation_split) and validation_data is None
         if self._is_arrays(x, y):
@@ -349,8 +354,7 @@ class CompiledModel(tf_keras.Model):
     ) -> Batches:
         if not len(arrays[0]):
             raise DataError("there are no rows to evaluate: give at least one")
-        if batch_size is not None and batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size}: must be at least 1")
+        check_sizes(batch_size=batch_size)
         return evaluation_batches(
             arrays,
             batch_size or EVALUATION_BATCH,

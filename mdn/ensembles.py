@@ -20,8 +20,8 @@ import tf_keras
 from tf_keras import layers
 
 from mdn import backbones, losses
-from mdn.compiled import EVALUATION_BATCH
-from mdn.data.pipeline import evaluation_batches, training_batches
+from mdn.compiled import EVALUATION_BATCH, check_sizes
+from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Features
 from mdn.data.splits import draw_folds
 from mdn.density.mixture import mixture_of
@@ -361,7 +361,7 @@ class Ensemble(MDN):
         val_loss and val_nll are of the predictive density.
 
         Args:
-            x: features, or what `member_batches` returns.
+            x: features, or `mdn.data.pipeline.training_batches` with `members`.
             y: targets, where x is features.
             batch_size: B of each member; default 32.
             validation_split: share of the rows that each member holds out, as far as there are
@@ -372,14 +372,16 @@ class Ensemble(MDN):
             **kwargs: as for `MDN.fit`.
 
         Raises:
-            ConfigError: x is a dataset, whose rows the members could not shuffle.
+            ConfigError: x is a dataset or a generator, whose rows the members could not shuffle;
+                or an argument that has no meaning here.
         """
         self._check_adapted()
-        if isinstance(x, tf.data.Dataset):
-            raise ConfigError(
-                "the members of an ensemble shuffle the rows themselves: give x and y as arrays"
-            )
         if self._is_arrays(x, y):
+            check_sizes(batch_size=batch_size)
+            if (steps := kwargs.get("steps_per_epoch")) is not None:
+                raise ConfigError(
+                    f"steps_per_epoch={steps} has no meaning for an ensemble: an epoch is all rows"
+                )
             self.check_arrays(x, y, sample_weight)
             arrays = self.as_arrays(x, y, sample_weight)
             n, seed = len(arrays[0]), int(np.random.randint(2**31 - 1))
@@ -403,6 +405,12 @@ class Ensemble(MDN):
                 kwargs["validation_data"] = evaluation_batches(
                     arrays, EVALUATION_BATCH, chunk=x.chunk, complete=complete, members=validation
                 )
+        elif not isinstance(x, Batches):
+            raise ConfigError(
+                "the members of an ensemble shuffle the rows themselves: give x and y as arrays"
+            )
+        elif validation_split or sample_weight is not None:
+            raise ConfigError("validation_split and sample_weight are for arrays")
         return super().fit(x, initial_epoch=initial_epoch, **kwargs)
 
     def forward(

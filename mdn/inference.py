@@ -58,9 +58,11 @@ class RowProgram:
             count = rows.stop - start
             size = next(size for size in sizes if size >= count)
             outputs = self._function(*(tf.constant(_filled(a[rows], size)) for a in arrays))
-            if count < size:
-                outputs = tf.nest.map_structure(lambda t: t[:count], outputs)  # noqa: B023
-            yield rows, outputs
+            yield rows, outputs if count == size else _first(outputs, count)
+
+
+def _first(outputs: Any, count: int) -> Any:
+    return tf.nest.map_structure(lambda tensor: tensor[:count], outputs)
 
 
 def _filled(array: np.ndarray, size: int) -> np.ndarray:

@@ -1,11 +1,13 @@
 """The benchmarks run, and print what the documents quote."""
 
+import json
 import re
 import sys
 
 import pytest
 
 from benchmarks import em, ensemble
+from benchmarks.speed import __main__ as speed
 
 
 def test_em(monkeypatch, capsys):
@@ -26,3 +28,19 @@ def test_ensemble(monkeypatch, capsys):
     ensemble.main()
     found = re.search(r"\| S \| ensemble \| .* \| (\d\.\d\d) \|", capsys.readouterr().out)
     assert float(found[1]) > 0
+
+
+@pytest.mark.slow
+def test_speed(capsys, tmp_path):
+    sizes = ["--rows", "512", "--repeats", "1", "--workloads", "S"]
+    where = ["--contenders", "mdn,keras", "--json", str(tmp_path / "speed.json")]
+    sections = ["--sections", "race,streaming"]
+    assert speed.main([*sizes, *where, *sections, "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for title in ("A training step", "All agree", "Parquet"):
+        assert title in printed
+    assert "Not measured" not in printed
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert [e["key"] for e in found["race"]["S"]] == ["mdn", "keras", "network"]
+    assert all(e["microseconds"][0] > 0 for e in found["streaming"])

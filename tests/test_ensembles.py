@@ -421,3 +421,10 @@ def test_mistakes_in_python():
     model.compile("adam")
     with pytest.raises(ConfigError, match="give x and y as arrays"):
         model.fit(tf.data.Dataset.from_tensor_slices((X, Y)).batch(10))
+    with pytest.raises(ConfigError, match="give x and y as arrays"):
+        model.fit(iter([(X[:10], Y[:10])]), steps_per_epoch=1)
+    with pytest.raises(ConfigError, match="steps_per_epoch=2 has no meaning for an ensemble"):
+        model.fit(X, Y, steps_per_epoch=2)
+    for name in ("batch_size", "epochs"):
+        with pytest.raises(ConfigError, match=f"{name}=0: must be at least 1"):
+            model.fit(X, Y, **{name: 0})

@@ -65,7 +65,18 @@ def _weights(model: mdn.MDN) -> list[tf.Variable]:
     return [*model.backbone.trainable_weights, model.head.kernel, model.head.bias]
 
 
-class Ours:
+class OnArrays:
+    """What `fit` on arrays trains, whatever the model."""
+
+    problem: Problem
+    model: TrainedModel
+
+    def train(self, epochs: int) -> None:
+        p = self.problem
+        self.model.fit(p.x, p.y, batch_size=p.workload.batch, epochs=epochs, verbose=0)
+
+
+class Ours(OnArrays):
     """`mdn.MDN` and `fit` on arrays, as the README has it."""
 
     head = "Mixture"
@@ -75,10 +86,6 @@ class Ours:
         self.model = _model(problem, self.head)
         for variable, value in zip(_weights(self.model), problem.weights, strict=True):
             variable.assign(value)
-
-    def train(self, epochs: int) -> None:
-        p = self.problem
-        self.model.fit(p.x, p.y, batch_size=p.workload.batch, epochs=epochs, verbose=0)
 
     def loss(self, rows: int) -> float:
         x, y = self.problem.x[:rows], self.problem.y[:rows]
@@ -123,7 +130,7 @@ class SquaresModel(TrainedModel):
         return x, y
 
 
-class Network:
+class Network(OnArrays):
     """The same network, optimizer and loop with a sum of squares for a loss: a floor."""
 
     def __init__(self, problem: Problem) -> None:
@@ -134,12 +141,8 @@ class Network:
         self.model(problem.x[:1])
         self.model.compile(tf_keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON))
 
-    def train(self, epochs: int) -> None:
-        p = self.problem
-        self.model.fit(p.x, p.y, batch_size=p.workload.batch, epochs=epochs, verbose=0)
 
-
-class Members:
+class Members(OnArrays):
     """An ensemble of the model, all members in one program.
 
     Args:
@@ -153,10 +156,6 @@ class Members:
         self.model = ensembles.Ensemble(_model(problem, "Mixture"), members=members)
         self.model.adapt(problem.x, problem.y)
         self.model.compile(tf_keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON))
-
-    def train(self, epochs: int) -> None:
-        p = self.problem
-        self.model.fit(p.x, p.y, batch_size=p.workload.batch, epochs=epochs, verbose=0)
 
 
 class FromParquet:
