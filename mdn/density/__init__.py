@@ -1,14 +1,20 @@
 """The distribution types and their exact queries; knows nothing of networks."""
 
+from mdn.density.low_rank import LowRankGaussianMixture, MultivariateNormalLowRank
 from mdn.density.mixture import DiagGaussianMixture, GaussianMixture, mixture_of
 from mdn.density.normal import MultivariateNormalDiag, MultivariateNormalTriL
+from mdn.density.precision import MultivariateNormalPrecision, PrecisionGaussianMixture
 from mdn.density.queries import MixtureParameters
 
 __all__ = [
     "DiagGaussianMixture",
     "GaussianMixture",
+    "LowRankGaussianMixture",
     "MixtureParameters",
     "MultivariateNormalDiag",
+    "MultivariateNormalLowRank",
+    "MultivariateNormalPrecision",
     "MultivariateNormalTriL",
+    "PrecisionGaussianMixture",
     "mixture_of",
 ]

@@ -45,17 +45,17 @@ class GaussianMixture(Queries, tfd.MixtureSameFamily):
     ) -> None:
         self._assemble(dict(locals()), MultivariateNormalTriL, scale_tril)
 
-    def _assemble(self, parameters: dict[str, Any], kind: type, scale: Any) -> None:
-        """Make the TFP mixture whose components are `kind(loc, scale)`."""
+    def _assemble(self, parameters: dict[str, Any], kind: type, *scale: Any) -> None:
+        """Make the TFP mixture whose components are `kind(loc, *scale)`."""
         with tf.name_scope(parameters["name"]) as name:
-            values = (parameters["logits"], parameters["loc"], scale)
+            values = (parameters["logits"], parameters["loc"], *scale)
             dtype = dtype_util.common_dtype(values, tf.float32)
-            logits, loc, scale = (tf.convert_to_tensor(value, dtype) for value in values)
+            logits, loc, *scales = (tf.convert_to_tensor(value, dtype) for value in values)
             check = parameters["validate_args"]
             tfd.MixtureSameFamily.__init__(
                 self,
                 tfd.Categorical(logits=logits),
-                kind(loc, scale, validate_args=check),
+                kind(loc, *scales, validate_args=check),
                 validate_args=check,
                 allow_nan_stats=parameters["allow_nan_stats"],
                 name=name,
@@ -72,6 +72,33 @@ class GaussianMixture(Queries, tfd.MixtureSameFamily):
             scale_diag: [.., K, D], standard deviations.
         """
         return DiagGaussianMixture(logits, loc, scale_diag)
+
+    @classmethod
+    def from_low_rank(cls, logits: Any, loc: Any, scale_diag: Any, factor: Any) -> GaussianMixture:
+        """Return a mixture whose covariances are diag(scale_diag^2) + factor factor^T.
+
+        Args:
+            logits: [.., K].
+            loc: [.., K, D].
+            scale_diag: [.., K, D], positive.
+            factor: [.., K, D, R].
+        """
+        from mdn.density.low_rank import LowRankGaussianMixture  # a subclass of this one
+
+        return LowRankGaussianMixture(logits, loc, scale_diag, factor)
+
+    @classmethod
+    def from_precision_tril(cls, logits: Any, loc: Any, precision_tril: Any) -> GaussianMixture:
+        """Return a mixture by the Cholesky factors P of the component precisions P P^T.
+
+        Args:
+            logits: [.., K].
+            loc: [.., K, D].
+            precision_tril: [.., K, D, D], lower triangular with a positive diagonal.
+        """
+        from mdn.density.precision import PrecisionGaussianMixture  # a subclass of this one
+
+        return PrecisionGaussianMixture(logits, loc, precision_tril)
 
     @classmethod
     def _parameter_properties(cls, dtype: Any, num_classes: Any = None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class MultivariateNormalDiag(Queries, tfd.MultivariateNormalDiag):
         return self._scale_diag
 
     def mixture_parameters(self) -> MixtureParameters:
-        return _one_component(self.loc, tf.linalg.diag(self.scale_diag))
+        return one_component(self.loc, tf.linalg.diag(self.scale_diag))
 
 
 class MultivariateNormalTriL(Queries, tfd.MultivariateNormalTriL):
@@ -45,9 +45,9 @@ class MultivariateNormalTriL(Queries, tfd.MultivariateNormalTriL):
         return tril_log_prob(y, self.loc, self.scale_tril, complete)
 
     def mixture_parameters(self) -> MixtureParameters:
-        return _one_component(self.loc, self.scale_tril)
+        return one_component(self.loc, self.scale_tril)
 
 
-def _one_component(loc: tf.Tensor, scale_tril: tf.Tensor) -> MixtureParameters:
+def one_component(loc: tf.Tensor, scale_tril: tf.Tensor) -> MixtureParameters:
     loc = loc[..., tf.newaxis, :]  # [.., 1, D]
     return MixtureParameters(tf.zeros_like(loc[..., 0]), loc, scale_tril[..., tf.newaxis, :, :])
