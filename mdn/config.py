@@ -65,6 +65,10 @@ class MixtureOptions(HeadOptions):
     components: PositiveInt
 
 
+class LowRankOptions(MixtureOptions):
+    rank: PositiveInt
+
+
 class VAEOptions(Target):
     event_size: PositiveInt | None
     latent_size: PositiveInt
@@ -271,6 +275,8 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.heads.TriL": HeadOptions,
     "mdn.heads.Mixture": MixtureOptions,
     "mdn.heads.MixtureDiag": MixtureOptions,
+    "mdn.heads.MixturePrecision": MixtureOptions,
+    "mdn.heads.MixtureLowRank": LowRankOptions,
     FITTED: DistributionOptions,
     GENERATIVE: VAEOptions,
     "mdn.backbones.MLP": MLPOptions,
@@ -325,6 +331,7 @@ class TopOptions(Section):
     init_from: str | None
     trainer: TrainerOptions
     k: PositiveInt | None = None
+    rank: PositiveInt | None = None
     fixed: list[str] = []
 
 
@@ -394,6 +401,8 @@ def check_config(config: DictConfig) -> None:
             _check(OPTIONS[group["_target_"]], group, f"{name}.")
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
+    if values.get("rank") is not None and "rank" not in model:
+        raise ConfigError(_rank_without_factors(str(values["rank"])))
     if model["_target_"] in (FITTED, GENERATIVE):
         name = "distribution" if model["_target_"] == FITTED else "vae"
         if groups["data"].get("stream"):
@@ -481,7 +490,7 @@ def _check(schema: type[Section], values: dict[str, Any], prefix: str) -> None:
         parts = [str(part) for part in first["loc"] if not _UNION_TAG.search(str(part))]
         key = prefix + ".".join(parts)
         # The model's `components` is `k` on the command line.
-        key = "k" if key == "model.components" else key.replace("target", "_target_", 0)
+        key = {"model.components": "k", "model.rank": "rank"}.get(key, key)
         if first["type"] == "extra_forbidden":
             known = [f.alias or name for name, f in schema.model_fields.items()]
             near = [*(prefix + name for name in known), *_known_keys()]
@@ -505,6 +514,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         given = next((o for o in overrides if o.lstrip("+~").split("=")[0] == key), key)
         if key == "k":
             return _k_without_components(given.split("=")[-1])
+        if key == "rank":
+            return _rank_without_factors(given.split("=")[-1])
         return f"{given}: {key} is no option{_suggest(key, _known_keys())}"
     missing = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
     if missing:
@@ -518,6 +529,10 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
 
 def _k_without_components(value: str) -> str:
     return f"k={value}: this model has no components; use model=mixture or model=mixture_diag"
+
+
+def _rank_without_factors(value: str) -> str:
+    return f"rank={value}: this model has no factors of low rank; use model=low_rank"
 
 
 def _known_keys() -> list[str]:

@@ -25,7 +25,12 @@ from mdn.density import (
     MultivariateNormalTriL,
 )
 from mdn.density import positivity as scales
-from mdn.density.packed import packed_log_prob
+from mdn.density.packed import (
+    packed_log_prob,
+    packed_low_rank_log_prob,
+    packed_precision_log_prob,
+)
+from mdn.density.precision import invert_factor
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError, DataError
 from mdn.fitting.start import NARROWEST_START, Start, cluster
@@ -162,11 +167,14 @@ class Head(tfp.layers.DistributionLambda):
         parts = dict(zip(sizes, tf.split(params, list(sizes.values()), axis=1), strict=True))
         unit = tf.transpose((y - self.y_loc) / self.y_scale, [0, 2, 1])  # [M, D, B]
         residual = unit[:, tf.newaxis] - tf.reshape(parts["loc"], [m, k, d, n])
-        raw = tf.reshape(parts["unconstrained_scale"], [m * k, -1, n])
-        raw.set_shape([m * k, sizes["unconstrained_scale"] // k, params.shape[2]])
-        log_prob = packed_log_prob(
-            tf.reshape(residual, [m * k, d, n]), raw, self.positivity, self.floor
-        )
+        packed = {
+            name: tf.ensure_shape(
+                tf.reshape(part, [m * k, -1, n]), [m * k, sizes[name] // k, params.shape[2]]
+            )
+            for name, part in parts.items()
+            if name not in ("logits", "loc")
+        }
+        log_prob = self._packed_log_prob(tf.reshape(residual, [m * k, d, n]), packed)
         log_prob = tf.reshape(log_prob, [m, k, n])
         if "logits" in parts:
             logits = parts["logits"]  # [M, K, B]
@@ -175,6 +183,16 @@ class Head(tfp.layers.DistributionLambda):
         else:
             log_prob = log_prob[:, 0]
         return log_prob - tf.reduce_sum(tf.math.log(self.y_scale))
+
+    def _packed_log_prob(self, residual: tf.Tensor, parts: dict[str, tf.Tensor]) -> tf.Tensor:
+        """Return the log densities, [K, B], of residuals [K, D, B] in standardised units.
+
+        Args:
+            residual: nothing missing.
+            parts: [K, .., B] of each parameter but the logits and loc, its event flat.
+        """
+        raw = parts["unconstrained_scale"]
+        return packed_log_prob(residual, raw, self.positivity, self.floor)
 
     def parameters(self, distribution: Any) -> tf.Tensor:
         """Return the params [.., P] of which `distribution` makes this density: its inverse."""
@@ -281,12 +299,17 @@ class Head(tfp.layers.DistributionLambda):
 
     def _set_start(self, start: Start) -> None:
         loc = self.y_loc + self.y_scale * tf.constant(start.loc, self.dtype)  # [K, D]
-        floor = self.floor.numpy().astype(np.float64)
         diagonal = np.einsum("kdd->kd", scale_tril := start.scale_tril.copy())
-        diagonal[:] = np.maximum(diagonal, np.maximum(2.0 * floor, floor + NARROWEST_START))
+        diagonal[:] = np.maximum(diagonal, self._narrowest_start)
         scale = self.y_scale[:, tf.newaxis] * tf.constant(scale_tril, self.dtype)  # [K, D, D]
         logits = tf.constant(np.log(start.weights), self.dtype)
         self.bias.assign(self.parameters(self._from_gaussians(logits, loc, scale)))
+
+    @property
+    def _narrowest_start(self) -> np.ndarray:
+        """[D], the smallest scales to start from, in standardised units: above the floor."""
+        floor = self.floor.numpy().astype(np.float64)
+        return np.maximum(2.0 * floor, floor + NARROWEST_START)
 
     def _from_gaussians(self, logits: tf.Tensor, loc: tf.Tensor, scale_tril: tf.Tensor) -> Queries:
         """Return this head's density of K Gaussians: [K], [K, D], [K, D, D]."""
@@ -428,3 +451,164 @@ class MixtureDiag(MixtureHead):
 
     def _from_gaussians(self, logits, loc, scale_tril):
         return GaussianMixture.from_diag(logits, loc, tf.norm(scale_tril, axis=-1))
+
+
+@register
+class MixturePrecision(MixtureHead):
+    """K normals by the Cholesky factors P of their precisions: `mdn.GaussianMixture`.
+
+    The densities are those of `Mixture`, and training solves no system: the log density takes
+    products with P alone. 1 / P_ii is the standard deviation of y_i given the targets behind it.
+    The floor of the scales (`min_scale`, or the width of a step where targets are tied) is a
+    lower bound of it, a cap on P_ii, so that no density can collapse; and `min_scale` is also a
+    floor of P_ii, so that no scale exceeds 1 / min_scale standard deviations of the target.
+
+    Args:
+        event_size: D, the number of targets.
+        components: K.
+        **kwargs: as for `Head`.
+    """
+
+    @property
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        k, d = self.components, self.event_size
+        return {"logits": (k,), "loc": (k, d), "unconstrained_precision": (k, d * (d + 1) // 2)}
+
+    def distribution(self, params: tf.Tensor) -> GaussianMixture:
+        parts = self.split(params)
+        unit = scales.fill_diagonal(
+            parts["unconstrained_precision"],
+            lambda raw: scales.precision_diag(raw, *self._precision_bounds),
+        )
+        return GaussianMixture.from_precision_tril(
+            parts["logits"],
+            self._loc(parts["loc"]),
+            unit / self.y_scale[:, tf.newaxis],  # [.., K, D, D]
+        )
+
+    def parameters(self, distribution: Any) -> tf.Tensor:
+        unit = distribution.precision_tril * self.y_scale[:, tf.newaxis]
+        raw = scales.precision_diag_inverse(tf.linalg.diag_part(unit), *self._precision_bounds)
+        triangle = tf.linalg.set_diag(unit, raw)
+        return self.join(
+            {
+                "logits": distribution.logits,
+                "loc": self._loc_inverse(distribution.loc),
+                "unconstrained_precision": tfp.math.fill_triangular_inverse(triangle),
+            }
+        )
+
+    @property
+    def _precision_bounds(self) -> tuple[str, float, tf.Tensor]:
+        return self.positivity, self.min_scale, self.floor
+
+    def _packed_log_prob(self, residual, parts):
+        raw = parts["unconstrained_precision"]
+        return packed_precision_log_prob(residual, raw, *self._precision_bounds)
+
+    def _from_gaussians(self, logits, loc, scale_tril):
+        unit = invert_factor(scale_tril / self.y_scale[:, tf.newaxis])
+        widest = tf.constant(2.0 * self.min_scale, self.dtype)
+        narrowest = tf.constant(1.0 / self._narrowest_start, self.dtype)  # [D]
+        diagonal = tf.clip_by_value(tf.linalg.diag_part(unit), widest, narrowest)
+        unit = tf.linalg.set_diag(unit, diagonal)
+        return GaussianMixture.from_precision_tril(
+            logits, loc, unit / self.y_scale[:, tf.newaxis]
+        )
+
+
+@register
+class MixtureLowRank(MixtureHead):
+    """K normals with covariances diag(s^2) + W W^T, W [D, R]: `mdn.GaussianMixture`.
+
+    Each takes O(D R) parameters and O(D R^2) time, for D in the hundreds. The floor of the scales
+    is that of s, so that no density can collapse.
+
+    Args:
+        event_size: D, the number of targets.
+        components: K.
+        rank: R, the number of shared directions; from D - 1 on all covariances are in reach.
+        **kwargs: as for `Head`.
+
+    Raises:
+        ConfigError: an argument is out of its range.
+    """
+
+    def __init__(
+        self, event_size: int, components: int = 3, rank: int = 2, **kwargs: Any
+    ) -> None:
+        if rank < 1:
+            raise ConfigError(f"rank={rank}: must be at least 1; without any use MixtureDiag")
+        self._rank = int(rank)
+        super().__init__(event_size, components, **kwargs)
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        k, d = self.components, self.event_size
+        return {
+            "logits": (k,),
+            "loc": (k, d),
+            "unconstrained_scale": (k, d),
+            "factor": (k, d, self.rank),
+        }
+
+    def distribution(self, params: tf.Tensor) -> GaussianMixture:
+        parts = self.split(params)
+        return GaussianMixture.from_low_rank(
+            parts["logits"],
+            self._loc(parts["loc"]),
+            self._scale_diag(parts["unconstrained_scale"]),  # [.., K, D]
+            self.y_scale[:, tf.newaxis] * parts["factor"],  # [.., K, D, R]
+        )
+
+    def parameters(self, distribution: Any) -> tf.Tensor:
+        return self.join(
+            {
+                "logits": distribution.logits,
+                "loc": self._loc_inverse(distribution.loc),
+                "unconstrained_scale": self._scale_diag_inverse(distribution.scale_diag),
+                "factor": distribution.factor / self.y_scale[:, tf.newaxis],
+            }
+        )
+
+    def _packed_log_prob(self, residual, parts):
+        m, n = residual.shape[0], tf.shape(residual)[2]
+        factor = tf.reshape(parts["factor"], [m, self.event_size, self.rank, n])
+        raw = parts["unconstrained_scale"]
+        return packed_low_rank_log_prob(residual, raw, factor, self.positivity, self.floor)
+
+    def _from_gaussians(self, logits, loc, scale_tril):
+        """Return the density with the leading principal axes as factors, and the same variances.
+
+        At least half of an axis' variance is shared, as a factor of zero would have no gradient;
+        and no more than half where no axis is left to say how much is not.
+
+        Source:
+            Tipping and Bishop (1999), Probabilistic principal component analysis, JRSS B 61.
+        """
+        unit = scale_tril.numpy() / self.y_scale.numpy()[:, np.newaxis]  # [K, D, D]
+        covariance = np.einsum("kij,klj->kil", unit, unit)
+        values, axes = (a[..., ::-1] for a in np.linalg.eigh(covariance))  # the largest first
+        rank = min(self.rank, self.event_size)
+        shared = 0.5 * values[:, :rank]
+        if rank < self.event_size:
+            rest = values[:, rank:].mean(axis=-1, keepdims=True)
+            shared = np.maximum(shared, values[:, :rank] - rest)
+        factor = np.zeros([*covariance.shape[:2], self.rank])
+        factor[..., :rank] = axes[..., :rank] * np.sqrt(shared)[:, np.newaxis]
+        own = np.einsum("kdd->kd", covariance) - np.square(factor).sum(axis=-1)
+        scale = np.maximum(np.sqrt(np.maximum(own, 0.0)), self._narrowest_start)
+        y_scale = self.y_scale.numpy()
+        return GaussianMixture.from_low_rank(
+            logits,
+            loc,
+            tf.constant(y_scale * scale, self.dtype),
+            tf.constant(y_scale[:, np.newaxis] * factor, self.dtype),
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "rank": self.rank}

@@ -13,13 +13,25 @@ from scipy.stats import multivariate_normal, norm
 
 import mdn
 from mdn import heads
-from mdn.heads import Diag, Head, Mixture, MixtureDiag, MixtureHead, TriL
+from mdn.density.positivity import precision_diag, precision_diag_inverse
+from mdn.heads import (
+    Diag,
+    Head,
+    Mixture,
+    MixtureDiag,
+    MixtureHead,
+    MixtureLowRank,
+    MixturePrecision,
+    TriL,
+)
 
 KINDS = {
     Diag: (mdn.MultivariateNormalDiag, lambda k, d: 2 * d),
     TriL: (mdn.MultivariateNormalTriL, lambda k, d: d + d * (d + 1) // 2),
     Mixture: (mdn.GaussianMixture, lambda k, d: k * (1 + d + d * (d + 1) // 2)),
     MixtureDiag: (mdn.GaussianMixture, lambda k, d: k * (1 + 2 * d)),
+    MixturePrecision: (mdn.GaussianMixture, lambda k, d: k * (1 + d + d * (d + 1) // 2)),
+    MixtureLowRank: (mdn.GaussianMixture, lambda k, d: k * (1 + 2 * d + 2 * d)),
 }
 
 
@@ -79,16 +91,23 @@ def test_each_slice_of_the_parameters_goes_where_the_layout_says(kind, d, k):
         logits, rest = (
             (rest[:k], rest[k:]) if isinstance(head, MixtureHead) else (np.zeros(1), rest)
         )
-        loc, raw = rest[: k * d].reshape(k, d), rest[k * d :].reshape(k, -1)
+        loc, rest = rest[: k * d].reshape(k, d), rest[k * d :]
+        if kind is MixtureLowRank:
+            rest, factor = rest[: k * d], rest[k * d :].reshape(k, d, 2)
+        raw = rest.reshape(k, -1)
         terms = []
         for c in range(k):
-            if "Diag" in kind.__name__:
+            if kind in (Diag, MixtureDiag, MixtureLowRank):
                 scale = np.diag(np.log1p(np.exp(raw[c])) + 1e-3)
             else:
                 import tensorflow_probability as tfp
 
                 shift = tf.constant(1e-3, tf.float64)
                 scale = tfp.bijectors.FillScaleTriL(diag_shift=shift).forward(raw[c]).numpy()
+            if kind is MixturePrecision:
+                scale = np.linalg.inv(scale).T
+            if kind is MixtureLowRank:
+                scale = np.concatenate([scale, factor[c]], axis=1)
             scale = y_scale[:, None] * scale
             component = multivariate_normal(y_loc + y_scale * loc[c], scale @ scale.T)
             terms.append(logits[c] - logsumexp(logits) + component.logpdf(y[row]))
@@ -161,7 +180,7 @@ def test_one_normal_starts_at_the_moments(kind):
     ],
     ids=["plenty", "two values", "integers", "three rows", "no complete row"],
 )
-@pytest.mark.parametrize("kind", [Mixture, MixtureDiag])
+@pytest.mark.parametrize("kind", [Mixture, MixtureDiag, MixturePrecision, MixtureLowRank])
 def test_no_two_components_start_equal(kind, y):
     head = kind(2, 8)
     head.adapt(y)
@@ -188,7 +207,11 @@ def test_scales_keep_the_width_of_a_step_where_targets_are_tied(kind, step):
     y = np.round(np.random.default_rng(0).normal(scale=8.0, size=[1_000, 1]) / step) * step
     head = make(kind, 1, 3)
     head.adapt(y)
-    narrow = head.distribution(tf.fill([head.params_size], -50.0))
+    raw = 1e9 if kind is MixturePrecision else -50.0
+    params = tf.fill([head.params_size], raw)
+    if kind is MixtureLowRank:
+        params = head.join({**head.split(params), "factor": tf.zeros(head.layout["factor"])})
+    narrow = head.distribution(params)
     width = narrow.mixture_parameters().scale_tril.numpy().min()
     assert width == pytest.approx(step / math.sqrt(12.0), rel=1e-5)
 
@@ -222,6 +245,34 @@ def test_density_of_known_numbers():
     assert log_prob.numpy() == pytest.approx(-0.5 * math.log(2.0 * math.pi), abs=1e-8)
 
 
+def test_the_cap_of_a_precision_bends_smoothly_and_only_near_itself():
+    floor = np.array([0.01, 0.5])
+    raw = tf.constant(np.linspace([-5.0, -5.0], [400.0, 400.0], 4_001))
+    diag = precision_diag(raw, "softplus", 1e-3, floor).numpy()
+    assert (diag < 1.0 / floor).all()
+    assert (np.diff(diag, axis=0) > 0.0).all()
+    plain = 1e-3 + np.log1p(np.exp(raw))
+    low = plain < 0.5 / floor
+    np.testing.assert_allclose(diag[low], plain[low], rtol=1e-12)
+    slope = np.diff(diag, axis=0) / np.diff(plain, axis=0)
+    assert np.abs(np.diff(slope, axis=0)).max() < 0.1  # no kink
+    again = precision_diag_inverse(tf.constant(diag), "softplus", 1e-3, floor)
+    np.testing.assert_allclose(again, raw, rtol=1e-7, atol=1e-7)
+
+
+def test_precision_and_low_rank_start_at_the_covariances_of_the_clusters():
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=[4_000, 3]) @ np.array([[3.0, 1.0, 2.0], [0.0, 1.0, 0.3], [0.0, 0.0, 0.2]])
+    heads = MixturePrecision(3, 1), MixtureLowRank(3, 1, rank=2), Mixture(3, 1)
+    for head in heads:
+        head.adapt(y)
+    exact, close, expected = (h(tf.zeros([1, 4])).covariance().numpy() for h in heads)
+    np.testing.assert_allclose(exact, expected, rtol=1e-3)
+    stddev = [np.sqrt(np.diagonal(c, axis1=1, axis2=2)) for c in (close, expected)]
+    np.testing.assert_allclose(*stddev, rtol=0.02)
+    np.testing.assert_allclose(close / stddev[1][0, 0] ** 2, expected / stddev[1][0, 0] ** 2, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -234,6 +285,11 @@ def test_density_of_known_numbers():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(mdn.MDNError, match=message):
         Mixture(**arguments)
+
+
+def test_a_rank_below_one_is_named():
+    with pytest.raises(mdn.MDNError, match="rank=0: must be at least 1"):
+        MixtureLowRank(3, 2, rank=0)
 
 
 def test_adapt_names_a_wrong_number_of_targets():

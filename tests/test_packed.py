@@ -6,9 +6,16 @@ import tensorflow as tf
 
 from mdn.density.packed import _packed, _rows
 from mdn.density.positivity import POSITIVITY
-from mdn.heads import Diag, Mixture, MixtureDiag, TriL
+from mdn.heads import Diag, Mixture, MixtureDiag, MixtureLowRank, MixturePrecision, TriL
 
-HEADS = {Diag: {}, TriL: {}, Mixture: {"components": 3}, MixtureDiag: {"components": 3}}
+HEADS = {
+    Diag: {},
+    TriL: {},
+    Mixture: {"components": 3},
+    MixtureDiag: {"components": 3},
+    MixturePrecision: {"components": 3},
+    MixtureLowRank: {"components": 3, "rank": 2},
+}
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 5, 8, 11])

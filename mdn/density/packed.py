@@ -14,7 +14,8 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from mdn.density.gaussian import LOG_2_PI
-from mdn.density.positivity import POSITIVITY
+from mdn.density.low_rank import white_log_density
+from mdn.density.positivity import POSITIVITY, precision_diag
 
 # Rows that are solved entry by entry; what lies left of them is one product. By measurement, for
 # D = 10 and D = 32: smaller blocks have more passes over memory, larger ones compile for longer.
@@ -74,6 +75,81 @@ def _tril_log_prob(
         return tf.reduce_sum(terms, axis=1), gradient
 
     return log_prob(residual, raw)
+
+
+def packed_precision_log_prob(
+    residual: tf.Tensor, raw: tf.Tensor, positivity: str, min_scale: float, floor: tf.Tensor
+) -> tf.Tensor:
+    """Return log N(residual; 0, (P P^T)^-1), by products alone.
+
+    Args:
+        residual: [K, D, B], y - loc, nothing missing.
+        raw: [K, T, B], unconstrained, of which P has the triangle in the order of
+            `tfp.math.fill_triangular` and the diagonal of `mdn.density.positivity.precision_diag`.
+        positivity: what makes the diagonal of P positive.
+        min_scale: the smallest diagonal entry.
+        floor: [D], one over the greatest diagonal entry.
+
+    Returns:
+        [K, B], nats.
+    """
+    d = residual.shape[1]
+
+    def diagonal(raw_diag: tf.Tensor) -> tf.Tensor:
+        return precision_diag(raw_diag, positivity, min_scale, floor[:, tf.newaxis])
+
+    @tf.custom_gradient
+    def log_prob(residual: tf.Tensor, raw: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        rows = _rows(raw, d)
+        raw_diag = tf.stack([row[:, -1] for row in rows], axis=1)  # [K, D, B]
+        diag = diagonal(raw_diag)
+        # z = P^T r, a column of P at a time.
+        below = [[rows[j][:, i] * residual[:, j] for j in range(i + 1, d)] for i in range(d - 1)]
+        z = [diag[:, i] * residual[:, i] for i in range(d)]
+        z = tf.stack([tf.add_n([one, *rest]) for one, rest in zip(z, [*below, []])], axis=1)
+        terms = tf.math.log(diag) - 0.5 * (tf.square(z) + LOG_2_PI)
+
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            upstream = upstream[:, tf.newaxis]
+            weighted = upstream * z
+            by_residual = [diag[:, i] * weighted[:, i] for i in range(d)]  # P z, a row at a time
+            for i in range(1, d):
+                by_residual[i] += tf.reduce_sum(rows[i][:, :i] * weighted[:, :i], axis=1)
+            with tf.GradientTape() as tape:
+                tape.watch(raw_diag)
+                again = diagonal(raw_diag)
+            by_diag = tape.gradient(again, raw_diag, upstream / diag - residual * weighted)
+            # By P: -r z^T below the diagonal.
+            by_rows = [
+                tf.concat([-residual[:, i : i + 1] * weighted[:, :i], by_diag[:, i : i + 1]], 1)
+                for i in range(d)
+            ]
+            return -tf.stack(by_residual, axis=1), _packed(by_rows)
+
+        return tf.reduce_sum(terms, axis=1), gradient
+
+    return log_prob(residual, raw)
+
+
+def packed_low_rank_log_prob(
+    residual: tf.Tensor, raw: tf.Tensor, factor: tf.Tensor, positivity: str, floor: tf.Tensor
+) -> tf.Tensor:
+    """Return log N(residual; 0, diag(s^2) + W W^T), in O(D R^2).
+
+    Args:
+        residual: [K, D, B], y - loc, nothing missing.
+        raw: [K, D, B], unconstrained, of which s is `mdn.density.positivity.scale_diag`.
+        factor: [K, D, R, B], W.
+        positivity: what makes s positive.
+        floor: [D], the smallest s.
+
+    Returns:
+        [K, B], nats.
+    """
+    scale = POSITIVITY[positivity][0](raw) + floor[:, tf.newaxis]  # [K, D, B]
+    columns = [factor[:, :, i] / scale for i in range(factor.shape[2])]
+    constant = tf.reduce_sum(tf.math.log(scale) + 0.5 * LOG_2_PI, axis=1)
+    return white_log_density(residual / scale, columns, axis=1) - constant
 
 
 def _solve(residual: tf.Tensor, rows: list[tf.Tensor], diag: tf.Tensor) -> tf.Tensor:

@@ -61,14 +61,53 @@ def scale_tril(raw: tf.Tensor, positivity: str, floor: tf.Tensor) -> tf.Tensor:
         positivity: what makes the diagonal positive, see `scale_diag`.
         floor: [D], the smallest diagonal entry.
     """
-    triangle = tfp.math.fill_triangular(raw)  # [.., D, D]
-    diagonal = scale_diag(tf.linalg.diag_part(triangle), positivity, floor)
-    # A mask and not set_diag, which XLA cannot compile for a dynamic batch.
-    eye = tf.eye(floor.shape[-1], dtype=tf.bool)
-    return tf.where(eye, diagonal[..., tf.newaxis], triangle)
+    return fill_diagonal(raw, lambda diagonal: scale_diag(diagonal, positivity, floor))
 
 
 def scale_tril_inverse(scale: tf.Tensor, positivity: str, floor: tf.Tensor) -> tf.Tensor:
     """Return the raw [.., D(D+1)/2] of which `scale_tril` makes `scale` [.., D, D]."""
     diagonal = scale_diag_inverse(tf.linalg.diag_part(scale), positivity, floor)
     return tfp.math.fill_triangular_inverse(tf.linalg.set_diag(scale, diagonal))
+
+
+def precision_diag(
+    raw: tf.Tensor, positivity: str, min_scale: float, floor: tf.Tensor
+) -> tf.Tensor:
+    """Return the diagonal of the Cholesky factor of a precision, [.., D], below 1 / floor.
+
+    The entry for y_i is one over the standard deviation of y_i given the targets behind it, so
+    that a floor of scales is a cap here. What is below half of the cap is min_scale +
+    positive(raw) itself; from there on it bends, with a continuous slope, towards the cap.
+
+    Args:
+        raw: [.., D], unconstrained.
+        positivity: "softplus", "exp" or "elu" (1 + ELU).
+        min_scale: the smallest entry: scales are at most 1 / min_scale.
+        floor: [D], of the scales.
+    """
+    entry = min_scale + POSITIVITY[positivity][0](raw)
+    cap = 1.0 / floor
+    # The maximum keeps the branch that is not taken, and its gradient, finite.
+    bent = cap - 0.25 * tf.square(cap) / tf.maximum(entry, 0.5 * cap)
+    return tf.where(entry < 0.5 * cap, entry, bent)
+
+
+def precision_diag_inverse(
+    diag: tf.Tensor, positivity: str, min_scale: float, floor: tf.Tensor
+) -> tf.Tensor:
+    """Return the raw [.., D] of which `precision_diag` makes `diag`, which is below the cap."""
+    cap = 1.0 / floor
+    bent = 0.25 * tf.square(cap) / (cap - tf.maximum(diag, 0.5 * cap))
+    return POSITIVITY[positivity][1](tf.where(diag < 0.5 * cap, diag, bent) - min_scale)
+
+
+def fill_diagonal(raw: tf.Tensor, transform: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """Return the lower triangle of raw [.., D(D+1)/2], [.., D, D], with a transformed diagonal.
+
+    In the order of `tfp.math.fill_triangular`.
+    """
+    triangle = tfp.math.fill_triangular(raw)  # [.., D, D]
+    diagonal = transform(tf.linalg.diag_part(triangle))
+    # A mask and not set_diag, which XLA cannot compile for a dynamic batch.
+    eye = tf.eye(triangle.shape[-1], dtype=tf.bool)
+    return tf.where(eye, diagonal[..., tf.newaxis], triangle)
