@@ -114,11 +114,13 @@ class Head(tfp.layers.DistributionLambda):
         """Return the [.., P] parameters by name, each [.., *event shape]."""
         sizes = [math.prod(shape) for shape in self.layout.values()]
         leading = tf.shape(params)[:-1]
-        parts = tf.split(params, sizes, axis=-1)
-        return {
-            name: part if len(shape) == 1 else tf.reshape(part, tf.concat([leading, shape], 0))
-            for (name, shape), part in zip(self.layout.items(), parts, strict=True)
-        }
+        parts = dict(zip(self.layout, tf.split(params, sizes, axis=-1), strict=True))
+        for name, shape in self.layout.items():
+            if len(shape) > 1:
+                parts[name] = tf.reshape(parts[name], tf.concat([leading, shape], 0))
+                # Which is not inferred where the batch is not static.
+                parts[name].set_shape([*params.shape[:-1], *shape])
+        return parts
 
     def join(self, parts: dict[str, tf.Tensor]) -> tf.Tensor:
         """Return [.., P] parameters from their parts: the inverse of `split`."""

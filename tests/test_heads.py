@@ -247,7 +247,7 @@ def test_density_of_known_numbers():
 
 def test_the_cap_of_a_precision_bends_smoothly_and_only_near_itself():
     floor = np.array([0.01, 0.5])
-    raw = tf.constant(np.linspace([-5.0, -5.0], [400.0, 400.0], 4_001))
+    raw = tf.constant(np.linspace([-5.0, -5.0], [400.0, 400.0], 40_001))
     diag = precision_diag(raw, "softplus", 1e-3, floor).numpy()
     assert (diag < 1.0 / floor).all()
     assert (np.diff(diag, axis=0) > 0.0).all()

@@ -42,7 +42,10 @@ def test_fit_lowers_the_nll_and_reports_it_exactly(jit_compile):
 
 
 @pytest.mark.parametrize("missing", [False, True])
-@pytest.mark.parametrize("kind", [mdn.heads.TriL, mdn.heads.Mixture])
+@pytest.mark.parametrize(
+    "kind",
+    [mdn.heads.TriL, mdn.heads.Mixture, mdn.heads.MixturePrecision, mdn.heads.MixtureLowRank],
+)
 def test_xla_takes_a_batch_size_that_is_not_static(kind, missing):
     x, y = rows(100)
     if missing:

@@ -45,6 +45,7 @@ def low_rank_log_prob(
     Returns:
         [..], nats. Zero where all D entries are missing.
     """
+    y = tf.ensure_shape(y, y.shape[:-1].concatenate(scale_diag.shape[-1:]))
     missing = tf.math.is_nan(y)
     residual = tf.where(missing, tf.zeros_like(y), y - loc)
     observed = tf.cast(~missing, y.dtype)
@@ -59,16 +60,16 @@ def white_log_density(u: tf.Tensor, columns: list[tf.Tensor], axis: int) -> tf.T
 
     Args:
         u: [.., D, ..], D at `axis`.
-        columns: R tensors [.., D, ..], the columns of A.
+        columns: the columns of A, R >= 1 tensors [.., D, ..].
         axis: of D.
 
     Returns:
         The shape of u without `axis`.
     """
-    shape = tf.shape(u)
-    for column in columns[:1]:
-        shape = tf.broadcast_dynamic_shape(shape, tf.shape(column))
-    return _white_log_density(axis, *(tf.broadcast_to(t, shape) for t in (u, *columns)))
+    shape = tf.broadcast_dynamic_shape(tf.shape(u), tf.shape(columns[0]))
+    static = tf.broadcast_static_shape(u.shape, columns[0].shape)
+    parts = [tf.ensure_shape(tf.broadcast_to(part, shape), static) for part in (u, *columns)]
+    return _white_log_density(axis, *parts)
 
 
 def _white_log_density(axis: int, u: tf.Tensor, *columns: tf.Tensor) -> tf.Tensor:
@@ -163,9 +164,12 @@ class MultivariateNormalLowRank(Queries, tfd.MultivariateNormalDiagPlusLowRankCo
         check_event(y, self.loc.shape[-1])
         return low_rank_log_prob(y, self.loc, self.scale_diag, self.factor)
 
+    def _mean(self) -> tf.Tensor:
+        return self.loc + tf.zeros_like(self.scale_diag)
+
     def _variance(self) -> tf.Tensor:
         variance = tf.square(self.scale_diag) + tf.reduce_sum(tf.square(self.factor), axis=-1)
-        return tf.broadcast_to(variance, tf.shape(self.mean()))
+        return variance + tf.zeros_like(self.loc)
 
     def _stddev(self) -> tf.Tensor:
         return tf.sqrt(self._variance())

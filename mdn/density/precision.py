@@ -194,9 +194,8 @@ class MultivariateNormalPrecision(Queries, tfd.MultivariateNormalLinearOperator)
         return precision_log_prob(y, self.loc, self.precision_tril, complete)
 
     def _variance(self) -> tf.Tensor:
-        return tf.broadcast_to(
-            tf.reduce_sum(tf.square(self.scale_tril), axis=-1), tf.shape(self.mean())
-        )
+        variance = tf.reduce_sum(tf.square(self.scale_tril), axis=-1)
+        return variance + tf.zeros_like(self.loc)
 
     def _stddev(self) -> tf.Tensor:
         return tf.sqrt(self._variance())
