@@ -38,6 +38,7 @@ FITTED = "mdn.fit_distribution"  # the model that is no network
 GENERATIVE = "mdn.vae.VAE"  # the model that reads no x, and has no exact nll
 STACKED = tuple(f"mdn.backbones.{name}" for name in ("MLP", "ResNet", "Constant"))
 STREAMED = "mdn.data.records.TFRecord"  # rows that are never in memory
+TRANSFORMS = ("log", "logit", "box_cox")
 ONE_DEVICE = tuple(f"mdn.strategy.{name}" for name in ("auto", "cpu", "gpu"))
 Names = str | list[str]  # one name stands for a list of one
 
@@ -59,6 +60,7 @@ class HeadOptions(Target):
     positivity: Literal["softplus", "exp", "elu"]
     min_scale: PositiveFloat
     kernel_scale: NonNegativeFloat
+    target_transform: Any
 
 
 class MixtureOptions(HeadOptions):
@@ -332,6 +334,7 @@ class TopOptions(Section):
     trainer: TrainerOptions
     k: PositiveInt | None = None
     rank: PositiveInt | None = None
+    target_transform: Any = None
     fixed: list[str] = []
 
 
@@ -401,6 +404,7 @@ def check_config(config: DictConfig) -> None:
             _check(OPTIONS[group["_target_"]], group, f"{name}.")
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
+    _check_transform(values["target_transform"], values["ensemble"], model)
     if values.get("rank") is not None and "rank" not in model:
         raise ConfigError(_rank_without_factors(str(values["rank"])))
     if model["_target_"] in (FITTED, GENERATIVE):
@@ -434,6 +438,29 @@ def check_config(config: DictConfig) -> None:
                     f"callbacks.{name}.monitor={node['monitor']}: model=vae has no nll while it "
                     "trains; monitor loss or val_loss"
                 )
+
+
+def _check_transform(transform: Any, members: int, model: dict[str, Any]) -> None:
+    """Raise a ConfigError where `target_transform` cannot be one, or has no meaning."""
+    if transform is None:
+        return
+    if "target_transform" not in model:
+        raise ConfigError(
+            f"target_transform={transform}: this model has none; use model=mixture, or so"
+        )
+    if members > 1:
+        raise ConfigError(
+            f"target_transform={transform}: an ensemble has none; set ensemble=1"
+        )
+    for one in transform if isinstance(transform, list) else [transform]:
+        name = one.get("name") if isinstance(one, dict) else one
+        known = name is None and one is None or name in TRANSFORMS
+        # Whether there is such a class is for TFP to say.
+        if not (known or isinstance(name, str) and re.fullmatch(r"([\w.]+>)?[A-Z]\w+", name)):
+            raise ConfigError(
+                f"target_transform={name}: is unknown; choose one of {', '.join(TRANSFORMS)}, or "
+                "a class of tfp.bijectors such as Softplus"
+            )
 
 
 def _check_ensemble(members: int, groups: dict[str, Any]) -> None:

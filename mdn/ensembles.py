@@ -71,6 +71,11 @@ class Ensemble(MDN):
         super(MDN, self).__init__(**kwargs)
         if members < 1:
             raise ConfigError(f"members={members}: an ensemble needs at least one")
+        if model.head.target_transform is not None:
+            raise ConfigError(
+                f"target_transform={model.head.target_transform}: an ensemble has none; transform "
+                "the targets yourself, or train the members one by one"
+            )
         if type(model.backbone) not in BACKBONES:
             raise ConfigError(
                 f"the backbone {type(model.backbone).__name__} cannot be stacked: use one of "
@@ -84,7 +89,7 @@ class Ensemble(MDN):
         self._feature_rank: int | None = None
         self._score: losses.Loss = losses.nll
         self._programs = types.SimpleNamespace()
-        self._density_type: Any = None
+        self._rebuild: Any = None
         for name in self._member_names():
             vars(self._trackers)[name] = tf_keras.metrics.Mean(name=name)
         self.tracked = (*type(self).tracked, *self._member_names())

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -21,7 +22,7 @@ from mdn.errors import RunError
 from mdn.fitting.em import fit_mixture, group_by_pattern
 
 if TYPE_CHECKING:
-    from mdn.density.queries import MixtureParameters
+    from mdn.density.queries import Queries
     from mdn.ensembles import Ensemble
     from mdn.model import MDN
 
@@ -32,45 +33,136 @@ _EM_TOLERANCE = 1e-14
 
 
 @dataclasses.dataclass(frozen=True)
+class Units:
+    """The way between targets and transformed targets, in NumPy.
+
+    Attributes:
+        bijector: from transformed targets [.., size] to targets, elementwise.
+        size: the number of targets of the bijector.
+        dtype: that the bijector computes in.
+        targets: those that are meant here, D of them.
+    """
+
+    bijector: Any
+    size: int
+    dtype: Any
+    targets: tuple[int, ...]
+
+    def forward(self, u: np.ndarray) -> np.ndarray:
+        """Return the targets [.., D] of transformed ones."""
+        return self._apply(self.bijector.forward, u, np.zeros(self.size))
+
+    def inverse(self, y: np.ndarray) -> np.ndarray:
+        """Return transformed targets [.., D]; infinite outside of the domain, NaN where y is."""
+        inner = self._inner()
+        with np.errstate(all="ignore"):
+            u = self._apply(self.bijector.inverse, y, inner)
+        beyond = np.where(y < inner[list(self.targets)], -np.inf, np.inf)
+        return np.where(np.isnan(u) & ~np.isnan(y), beyond, u)
+
+    def slope(self, y: np.ndarray) -> np.ndarray:
+        """Return du/dy, [.., D]; zero outside of the domain."""
+
+        def log_slope(y: np.ndarray) -> Any:
+            return self.bijector.inverse_log_det_jacobian(y, event_ndims=0) + np.zeros_like(y)
+
+        slope = np.exp(self._apply(log_slope, y, self._inner()))
+        return np.where(np.isfinite(self.inverse(y)), np.nan_to_num(slope, nan=0.0), 0.0)
+
+    def take(self, targets: Sequence[int]) -> Units:
+        """Return the same for some of the D targets."""
+        return dataclasses.replace(self, targets=tuple(self.targets[i] for i in targets))
+
+    def _inner(self) -> np.ndarray:
+        """Return values inside of the domain, [size]."""
+        return np.asarray(self._apply(self.bijector.forward, np.zeros(0), np.zeros(self.size), ()))
+
+    def _apply(
+        self,
+        function: Callable[[np.ndarray], Any],
+        values: np.ndarray,
+        others: np.ndarray,
+        targets: tuple[int, ...] | None = None,
+    ) -> np.ndarray:
+        targets = self.targets if targets is None else targets
+        full = np.broadcast_to(others, [*values.shape[:-1], self.size]).copy()
+        full[..., list(targets)] = values
+        found = np.asarray(function(full.astype(self.dtype)), np.float64)
+        found = np.broadcast_to(found, full.shape)
+        return found[..., list(targets)] if targets else found
+
+
+@dataclasses.dataclass(frozen=True)
 class Margins:
-    """The one-dimensional margins of Gaussian mixtures: for each target a mixture of K normals.
+    """The one-dimensional margins of a density: for each target a mixture of K normals.
 
     Attributes:
         weight: [.., K], sums to one.
         loc: [.., K, D].
         scale: [.., K, D], standard deviations.
+        units: of transformed targets, which weight, loc and scale then describe.
     """
 
     weight: np.ndarray
     loc: np.ndarray
     scale: np.ndarray
+    units: Units | None = None
 
     @classmethod
-    def of(cls, parameters: MixtureParameters) -> Margins:
-        """Return the margins of a density, given its `mixture_parameters()`."""
-        logits, loc, scale_tril = (np.asarray(p, np.float64) for p in parameters)
-        return cls(special.softmax(logits, axis=-1), loc, np.linalg.norm(scale_tril, axis=-1))
+    def of(cls, density: Queries) -> Margins:
+        """Return the margins of a density."""
+        logits, loc, scale_tril, units = as_mixture(density)
+        scale = np.linalg.norm(scale_tril, axis=-1)
+        return cls(special.softmax(logits, axis=-1), loc, scale, units)
+
+    def first(self) -> Margins:
+        """Return the margin of the first target."""
+        units = None if self.units is None else self.units.take([0])
+        return Margins(self.weight, self.loc[..., :1], self.scale[..., :1], units)
 
     def mean(self) -> np.ndarray:
-        """Return the mean, [.., D]."""
-        return self._mix(self.loc)
+        """Return the mean, [.., D]; of transformed targets by Gauss-Hermite quadrature."""
+        if self.units is None:
+            return self._mix(self.loc)
+        nodes, weights = np.polynomial.hermite_e.hermegauss(64)
+        total = np.zeros(self.loc.shape)
+        for node, weight in zip(nodes, weights / weights.sum(), strict=True):
+            total += weight * self.units.forward(self.loc + node * self.scale)
+        return self._mix(total)
 
     def cdf(self, y: np.ndarray) -> np.ndarray:
         """Return P(Y_d <= y_d) for each d, [.., D], of y [.., D]; NaN where y is."""
-        return self._mix(special.ndtr((y[..., np.newaxis, :] - self.loc) / self.scale))
+        u = y if self.units is None else self.units.inverse(y)
+        return self._mix(special.ndtr((u[..., np.newaxis, :] - self.loc) / self.scale))
 
     def quantile(self, probability: float) -> np.ndarray:
         """Return the y with cdf(y) = probability, [.., D], by bisection."""
         component = self.loc + self.scale * special.ndtri(probability)  # [.., K, D]
         low, high = component.min(axis=-2), component.max(axis=-2)  # the answer is between them
+        inner = dataclasses.replace(self, units=None)
         for _ in range(60):
             middle = 0.5 * (low + high)
-            below = self.cdf(middle) < probability
+            below = inner.cdf(middle) < probability
             low, high = np.where(below, middle, low), np.where(below, high, middle)
-        return 0.5 * (low + high)
+        middle = 0.5 * (low + high)
+        return middle if self.units is None else self.units.forward(middle)
 
     def _mix(self, values: np.ndarray) -> np.ndarray:
         return np.einsum("...k,...kd->...d", self.weight, values)
+
+
+def as_mixture(density: Queries) -> tuple[np.ndarray, np.ndarray, np.ndarray, Units | None]:
+    """Return logits, loc and scale_tril in float64, and the units where targets are transformed.
+
+    The parameters then describe the transformed targets.
+    """
+    from mdn.density.transformed import split_transform  # which imports TensorFlow
+
+    base, bijector = split_transform(density)
+    logits, loc, scale_tril = (np.asarray(p, np.float64) for p in base.mixture_parameters())
+    size, dtype = loc.shape[-1], base.dtype.as_numpy_dtype
+    units = None if bijector is None else Units(bijector, size, dtype, tuple(range(size)))
+    return logits, loc, scale_tril, units
 
 
 # ---------------------------------------------------------------------- baseline
@@ -159,7 +251,7 @@ def evaluate(model: MDN, data: Data, batch_size: int = 4096) -> Evaluation:
     log_prob = np.empty(test.y.shape[:-1])  # [N] or [N, T]
     pit, error = np.empty(test.y.shape), np.empty(test.y.shape)
     for rows, density in model.densities(test.x, batch_size):
-        margins = Margins.of(density.mixture_parameters())
+        margins = Margins.of(density)
         log_prob[rows] = density.log_prob(test.y[rows].astype(np.float32))
         pit[rows] = margins.cdf(test.y[rows])
         error[rows] = test.y[rows] - margins.mean()

@@ -101,7 +101,7 @@ def _margin_density(
     """Return a grid [G] and the density of one target on it, where it has a formula."""
     grid = np.linspace(*limits, _GRID)
     if isinstance(distribution, Queries):
-        margins = Margins.of(distribution.mixture_parameters())
+        margins = Margins.of(distribution)
         weight, loc, scale = margins.weight, margins.loc[:, target], margins.scale[:, target]
         z = (grid[:, np.newaxis] - loc) / scale  # [G, K]
         return grid, np.exp(-0.5 * z**2) @ (weight / (scale * np.sqrt(2 * np.pi)))

@@ -10,6 +10,7 @@ Shape letters: B batch, T time, H hidden, D event size, K components, P paramete
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from mdn.density import (
     MultivariateNormalTriL,
 )
 from mdn.density import positivity as scales
+from mdn.density import transforms
 from mdn.density.packed import (
     packed_log_prob,
     packed_low_rank_log_prob,
@@ -32,6 +34,7 @@ from mdn.density.packed import (
 )
 from mdn.density.precision import invert_factor
 from mdn.density.queries import Queries
+from mdn.density.transformed import Transformed, split_transform, to_base
 from mdn.errors import ConfigError, DataError
 from mdn.fitting.start import NARROWEST_START, Start, cluster
 
@@ -48,6 +51,11 @@ class Head(tfp.layers.DistributionLambda):
             `adapt` finds the targets on a grid of step d, the floor is at least d / sqrt(12).
         kernel_scale: factor on the initial projection; small, so that training starts from the
             starting values that `adapt` finds in the data.
+        target_transform: what makes positive or bounded targets fit for normals: "log", "logit"
+            ({"name": "logit", "low": 0, "high": 100}), "box_cox" ("power"; by default the one
+            most likely for the train rows), a bijector of TFP's (its `forward` increases from the
+            whole line to the targets) or its name, or a list with one of these or None for each
+            target. The density is then a `mdn.density.Transformed`, in the units of y.
         **kwargs: as for any Keras layer. The density is float32 whatever the compute policy.
 
     Raises:
@@ -61,6 +69,7 @@ class Head(tfp.layers.DistributionLambda):
         positivity: str = "softplus",
         min_scale: float = 1e-3,
         kernel_scale: float = 0.1,
+        target_transform: Any = None,
         **kwargs: Any,
     ) -> None:
         if event_size < 1:
@@ -71,6 +80,7 @@ class Head(tfp.layers.DistributionLambda):
         self.positivity = scales.check_positivity(positivity)
         self.min_scale = float(min_scale)
         self.kernel_scale = float(kernel_scale)
+        self.target_transform = transforms.describe(target_transform, self.event_size)
         kwargs.setdefault("dtype", tf_keras.backend.floatx())
         super().__init__(
             make_distribution_fn=self.distribution,
@@ -81,6 +91,7 @@ class Head(tfp.layers.DistributionLambda):
         self.y_loc = self._statistic("y_loc", [d], 0.0)
         self.y_scale = self._statistic("y_scale", [d], 1.0)
         self.floor = self._statistic("floor", [d], self.min_scale)  # in standardised units
+        self._bijector = self._make_bijector()
         # The bias is made here and not in `build`, so that `adapt` can set it at any time.
         self.bias = self.add_weight(
             name="bias", shape=[self.params_size], initializer="zeros", dtype=self.dtype
@@ -92,6 +103,46 @@ class Head(tfp.layers.DistributionLambda):
         return self.add_weight(
             name=name, shape=shape, initializer=initializer, trainable=False, dtype=self.dtype
         )
+
+    def _make_bijector(self) -> Any:
+        """Return the bijector of `target_transform`, if any."""
+        if self.target_transform is None:
+            return None
+        powers = [self._power(i) for i in range(self.event_size)]
+        if any(power is not None for power in powers):
+            # Of the data, and so saved with the weights.
+            self.box_cox_power = self._statistic("box_cox_power", [self.event_size], 1.0)
+            self.box_cox_join = self._statistic("box_cox_join", [self.event_size], 1.0)
+            self.box_cox_power.assign([1.0 if p in (None, "fit") else p for p in powers])
+            scale = self.box_cox_power, self.box_cox_join
+        else:
+            scale = None, None
+        return transforms.make_bijector(self.target_transform, self.dtype, *scale)
+
+    def _power(self, i: int) -> float | str | None:
+        """Return the power of target i's Box-Cox transform, "fit" where the data say, or None."""
+        name, options = transforms.of_target(self.target_transform, i)
+        if name != "box_cox":
+            return None
+        power = options.get("power")
+        return "fit" if power is None else float(power)
+
+    def check_domain(self, y: np.ndarray, names: Sequence[str] = ()) -> None:
+        """Raise a DataError for the first target that `target_transform` is not defined at.
+
+        Args:
+            y: [N, D] or [N, T, D], NaN marks a missing entry.
+            names: of the targets, for the message.
+        """
+        if self._bijector is not None:
+            transforms.check_domain(
+                y, self._bijector, self.target_transform, self.dtype, names
+            )
+
+    @property
+    def filler(self) -> tf.Tensor:
+        """[D], targets in the midst of the data, for rows that count nothing."""
+        return self.y_loc if self._bijector is None else self._bijector.forward(self.y_loc)
 
     # ------------------------------------------------------------------ parameters
 
@@ -132,6 +183,11 @@ class Head(tfp.layers.DistributionLambda):
 
     def distribution(self, params: tf.Tensor) -> Queries:
         """Return the density with batch [..] and event [D] of unconstrained params [.., P]."""
+        density = self._density(params)
+        return density if self._bijector is None else Transformed(density, self._bijector)
+
+    def _density(self, params: tf.Tensor) -> Queries:
+        """Return the density of the transformed targets."""
         raise NotImplementedError
 
     def log_prob(self, hidden: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
@@ -163,6 +219,9 @@ class Head(tfp.layers.DistributionLambda):
         Returns:
             [M, B], nats.
         """
+        log_slope = tf.constant(0.0, self.dtype)
+        if self._bijector is not None:
+            y, log_slope, _ = to_base(self._bijector, y)
         k, d = self.components, self.event_size
         m, n = params.shape[0], tf.shape(params)[2]
         sizes = {name: math.prod(shape) for name, shape in self.layout.items()}
@@ -184,7 +243,7 @@ class Head(tfp.layers.DistributionLambda):
             log_prob -= tf.reduce_logsumexp(logits, axis=1)
         else:
             log_prob = log_prob[:, 0]
-        return log_prob - tf.reduce_sum(tf.math.log(self.y_scale))
+        return log_prob + log_slope - tf.reduce_sum(tf.math.log(self.y_scale))
 
     def _packed_log_prob(self, residual: tf.Tensor, parts: dict[str, tf.Tensor]) -> tf.Tensor:
         """Return the log densities, [K, B], of residuals [K, D, B] in standardised units.
@@ -198,6 +257,10 @@ class Head(tfp.layers.DistributionLambda):
 
     def parameters(self, distribution: Any) -> tf.Tensor:
         """Return the params [.., P] of which `distribution` makes this density: its inverse."""
+        return self._parameters_of(split_transform(distribution)[0])
+
+    def _parameters_of(self, distribution: Any) -> tf.Tensor:
+        """Return the params of which `_density` makes this density."""
         raise NotImplementedError
 
     def _loc(self, raw: tf.Tensor) -> tf.Tensor:
@@ -258,6 +321,7 @@ class Head(tfp.layers.DistributionLambda):
             "positivity": self.positivity,
             "min_scale": self.min_scale,
             "kernel_scale": self.kernel_scale,
+            "target_transform": self.target_transform,
         }
 
     @classmethod
@@ -283,7 +347,7 @@ class Head(tfp.layers.DistributionLambda):
                 f"y has {y.shape[-1]} targets and the head event_size={self.event_size}: "
                 "make them equal"
             )
-        y = y.reshape([-1, self.event_size])
+        y = self._transformed(y.reshape([-1, self.event_size]))
         loc, scale = np.nanmean(y, axis=0), np.nanstd(y, axis=0)
         grid = np.array([max(resolution(c), float32_step(c)) for c in y.T])  # [D]
         self.y_loc.assign(loc)
@@ -291,6 +355,23 @@ class Head(tfp.layers.DistributionLambda):
         self.floor.assign(np.maximum(self.min_scale, grid / math.sqrt(12.0) / scale))
         rng = np.random.default_rng([seed, 0x6D646E])
         self._set_start(cluster((y - loc) / scale, self.components, rng))
+
+    def _transformed(self, y: np.ndarray) -> np.ndarray:
+        """Return y [N, D] in transformed units, once the transform fits the data."""
+        if self._bijector is None:
+            return y
+        self.check_domain(y)
+        powers = [self._power(i) for i in range(self.event_size)]
+        if any(power is not None for power in powers):
+            found = [
+                transforms.fit_power(y[:, i]) if power == "fit" else power
+                for i, power in enumerate(powers)
+            ]
+            power = np.array([1.0 if p is None else p for p in found])
+            join = np.where(power < 0.0, np.nanmax(y, axis=0), np.nanmin(y, axis=0))
+            self.box_cox_power.assign(power)
+            self.box_cox_join.assign(np.where([p is None for p in found], 1.0, join))
+        return self._bijector.inverse(tf.constant(y, self.dtype)).numpy().astype(np.float64)
 
     def _spread_start(self) -> Start:
         """Return a start without data: means spread along the diagonal, so that none are equal."""
@@ -305,7 +386,7 @@ class Head(tfp.layers.DistributionLambda):
         diagonal[:] = np.maximum(diagonal, self._narrowest_start)
         scale = self.y_scale[:, tf.newaxis] * tf.constant(scale_tril, self.dtype)  # [K, D, D]
         logits = tf.constant(np.log(start.weights), self.dtype)
-        self.bias.assign(self.parameters(self._from_gaussians(logits, loc, scale)))
+        self.bias.assign(self._parameters_of(self._from_gaussians(logits, loc, scale)))
 
     @property
     def _narrowest_start(self) -> np.ndarray:
@@ -327,13 +408,13 @@ class Diag(Head):
         d = self.event_size
         return {"loc": (d,), "unconstrained_scale": (d,)}
 
-    def distribution(self, params: tf.Tensor) -> MultivariateNormalDiag:
+    def _density(self, params: tf.Tensor) -> MultivariateNormalDiag:
         parts = self.split(params)
         return MultivariateNormalDiag(
             self._loc(parts["loc"]), self._scale_diag(parts["unconstrained_scale"])
         )
 
-    def parameters(self, distribution: Any) -> tf.Tensor:
+    def _parameters_of(self, distribution: Any) -> tf.Tensor:
         return self.join(
             {
                 "loc": self._loc_inverse(distribution.loc),
@@ -354,13 +435,13 @@ class TriL(Head):
         d = self.event_size
         return {"loc": (d,), "unconstrained_scale": (d * (d + 1) // 2,)}
 
-    def distribution(self, params: tf.Tensor) -> MultivariateNormalTriL:
+    def _density(self, params: tf.Tensor) -> MultivariateNormalTriL:
         parts = self.split(params)
         return MultivariateNormalTriL(
             self._loc(parts["loc"]), self._scale_tril(parts["unconstrained_scale"])
         )
 
-    def parameters(self, distribution: Any) -> tf.Tensor:
+    def _parameters_of(self, distribution: Any) -> tf.Tensor:
         return self.join(
             {
                 "loc": self._loc_inverse(distribution.loc),
@@ -404,7 +485,7 @@ class Mixture(MixtureHead):
         k, d = self.components, self.event_size
         return {"logits": (k,), "loc": (k, d), "unconstrained_scale": (k, d * (d + 1) // 2)}
 
-    def distribution(self, params: tf.Tensor) -> GaussianMixture:
+    def _density(self, params: tf.Tensor) -> GaussianMixture:
         parts = self.split(params)
         return GaussianMixture(
             parts["logits"],
@@ -412,7 +493,7 @@ class Mixture(MixtureHead):
             self._scale_tril(parts["unconstrained_scale"]),  # [.., K, D, D]
         )
 
-    def parameters(self, distribution: Any) -> tf.Tensor:
+    def _parameters_of(self, distribution: Any) -> tf.Tensor:
         return self.join(
             {
                 "logits": distribution.logits,
@@ -434,7 +515,7 @@ class MixtureDiag(MixtureHead):
         k, d = self.components, self.event_size
         return {"logits": (k,), "loc": (k, d), "unconstrained_scale": (k, d)}
 
-    def distribution(self, params: tf.Tensor) -> GaussianMixture:
+    def _density(self, params: tf.Tensor) -> GaussianMixture:
         parts = self.split(params)
         return GaussianMixture.from_diag(
             parts["logits"],
@@ -442,7 +523,7 @@ class MixtureDiag(MixtureHead):
             self._scale_diag(parts["unconstrained_scale"]),  # [.., K, D]
         )
 
-    def parameters(self, distribution: Any) -> tf.Tensor:
+    def _parameters_of(self, distribution: Any) -> tf.Tensor:
         return self.join(
             {
                 "logits": distribution.logits,
@@ -476,7 +557,7 @@ class MixturePrecision(MixtureHead):
         k, d = self.components, self.event_size
         return {"logits": (k,), "loc": (k, d), "unconstrained_precision": (k, d * (d + 1) // 2)}
 
-    def distribution(self, params: tf.Tensor) -> GaussianMixture:
+    def _density(self, params: tf.Tensor) -> GaussianMixture:
         parts = self.split(params)
         unit = scales.fill_diagonal(
             parts["unconstrained_precision"],
@@ -488,7 +569,7 @@ class MixturePrecision(MixtureHead):
             unit / self.y_scale[:, tf.newaxis],  # [.., K, D, D]
         )
 
-    def parameters(self, distribution: Any) -> tf.Tensor:
+    def _parameters_of(self, distribution: Any) -> tf.Tensor:
         unit = distribution.precision_tril * self.y_scale[:, tf.newaxis]
         raw = scales.precision_diag_inverse(tf.linalg.diag_part(unit), *self._precision_bounds)
         triangle = tf.linalg.set_diag(unit, raw)
@@ -558,7 +639,7 @@ class MixtureLowRank(MixtureHead):
             "factor": (k, d, self.rank),
         }
 
-    def distribution(self, params: tf.Tensor) -> GaussianMixture:
+    def _density(self, params: tf.Tensor) -> GaussianMixture:
         parts = self.split(params)
         return GaussianMixture.from_low_rank(
             parts["logits"],
@@ -567,7 +648,7 @@ class MixtureLowRank(MixtureHead):
             self.y_scale[:, tf.newaxis] * parts["factor"],  # [.., K, D, R]
         )
 
-    def parameters(self, distribution: Any) -> tf.Tensor:
+    def _parameters_of(self, distribution: Any) -> tf.Tensor:
         return self.join(
             {
                 "logits": distribution.logits,

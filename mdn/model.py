@@ -22,6 +22,7 @@ from mdn.base import TrainedModel
 from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Features, Rows
 from mdn.density.queries import Queries
+from mdn.density.transformed import rebuilder
 from mdn.errors import ConfigError, DataError, RunError
 from mdn.features import Columns, Standardize, as_tensors
 from mdn.heads import Head
@@ -67,7 +68,7 @@ class MDN(TrainedModel):
         self._score: losses.Loss = losses.nll
         # In a namespace, as Keras looks into what attributes hold.
         self._programs = types.SimpleNamespace()
-        self._density_type: Any = None
+        self._rebuild: Any = None
 
     # ------------------------------------------------------------------ starting values
 
@@ -181,7 +182,7 @@ class MDN(TrainedModel):
     def _fill(self, x: Any, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Return y with numbers in the rows that count nothing, and which rows count."""
         counted = self._counted(x, y)  # [B] or [B, T]
-        return tf.where(counted[..., tf.newaxis], y, tf.cast(self.head.y_loc, y.dtype)), counted
+        return tf.where(counted[..., tf.newaxis], y, tf.cast(self.head.filler, y.dtype)), counted
 
     def _mean(self, score: tf.Tensor, counted: tf.Tensor, sample_weight: Any) -> tf.Tensor:
         count = tf.maximum(tf.reduce_sum(tf.cast(counted, score.dtype)), 1.0)
@@ -229,6 +230,7 @@ class MDN(TrainedModel):
 
     def check_arrays(self, x: Any, y: Any, sample_weight: Any) -> None:
         check_rows(_as_features(x), np.asarray(y), self.missing)
+        self.head.check_domain(y)
         if sample_weight is not None:
             check_weight(sample_weight, "sample_weight")
 
@@ -274,11 +276,11 @@ class MDN(TrainedModel):
 
         def tensors(x: tf.Tensor) -> dict[str, tf.Tensor]:
             density = self(x, training=False)
-            self._density_type = type(density)
+            self._rebuild = rebuilder(density)
             return density.tensors()
 
         for rows, parts in self._over_rows("density", tensors, [self._as_rows(x)], batch_size):
-            yield rows, self._density_type(**parts)
+            yield rows, self._rebuild(**parts)
 
     def _over_rows(
         self, name: str, function: Callable, arrays: list[np.ndarray], batch_size: int | None
@@ -320,7 +322,7 @@ class MDN(TrainedModel):
             name: np.concatenate([part.tensors()[name].numpy() for part in parts])
             for name in parts[0].tensors()
         }
-        return type(parts[0])(**arrays)
+        return rebuilder(parts[0])(**arrays)
 
     def log_prob(self, x: Features, y: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Return log p(y | x) of any number of rows, in nats: [N] or [N, T].

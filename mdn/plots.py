@@ -7,6 +7,7 @@ Shape letters: N rows, T time, D event size, K components, X and Y cells of a pi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from mdn.data.rows import Data, Features, Rows
 from mdn.data.splits import thin
 from mdn.errors import RunError
-from mdn.evaluation import Evaluation, Margins, find_counted
+from mdn.evaluation import Evaluation, Margins, as_mixture, find_counted
 
 if TYPE_CHECKING:
     from mdn.model import MDN
@@ -116,12 +117,12 @@ def density_figure(
     if rows.y.shape[1] == 1 and feature is not None:
         _draw_over_feature(figure, model, data, rows, feature)
         return figure
-    parameters = model.predict_distribution(rows.x).mixture_parameters()
-    margins = Margins.of(parameters)
-    scale_tril = np.asarray(parameters.scale_tril, np.float64)
+    density = model.predict_distribution(rows.x)
+    margins = Margins.of(density)
+    *parameters, _ = as_mixture(density)
     unconditional = not any(np.ptp(p, axis=0).any() for p in parameters)
     if rows.y.shape[1] > 1:
-        _draw_planes(figure, data, rows, margins, scale_tril, unconditional)
+        _draw_planes(figure, data, rows, margins, parameters[-1], unconditional)
     elif unconditional:
         _draw_curve(figure, data, rows, margins)
     else:
@@ -135,7 +136,7 @@ def _draw_over_feature(
     low, high = _limits(feature)
     grid = _centres(low, high)
     x: Features = dict.fromkeys(rows.x, grid) if isinstance(rows.x, dict) else grid[:, np.newaxis]
-    margins = Margins.of(model.predict_distribution(x).mixture_parameters())
+    margins = Margins.of(model.predict_distribution(x))
     axes = _add_axes(figure, data.features[0], data.targets[0])
     label = f"p({data.targets[0]} | {data.features[0]})"
     _draw_heat(figure, axes, margins, (low, high), _limits(rows.y), label)
@@ -149,10 +150,11 @@ def _draw_over_rank(figure: Figure, data: Data, rows: Rows, margins: Margins) ->
     size = max(1, len(order) // 80)
     order = order[thin(len(order), len(order) // size * size)]
     columns = len(order) // size
-    pooled = Margins(
-        margins.weight[order].reshape(columns, -1) / size,
-        margins.loc[order].reshape(columns, -1, 1),
-        margins.scale[order].reshape(columns, -1, 1),
+    pooled = dataclasses.replace(
+        margins,
+        weight=margins.weight[order].reshape(columns, -1) / size,
+        loc=margins.loc[order].reshape(columns, -1, 1),
+        scale=margins.scale[order].reshape(columns, -1, 1),
     )
     axes = _add_axes(figure, "rows, in the order of their predicted mean", data.targets[0])
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -166,8 +168,7 @@ def _draw_sequence(figure: Figure, model: MDN, data: Data, rows: Rows) -> None:
     row = int(counted.sum(axis=1).argmax())  # the sequence with most to show
     rows = rows.take(np.array([row]))
     steps = int(np.flatnonzero(counted[row])[-1]) + 1
-    margins = _first_target(Margins.of(model.predict_distribution(rows.x).mixture_parameters()))
-    margins = Margins(*(a[0, :steps] for a in (margins.weight, margins.loc, margins.scale)))
+    margins = _take(Margins.of(model.predict_distribution(rows.x)).first(), (0, slice(steps)))
     time, y = np.arange(1, steps + 1), rows.y[0, :steps, 0]
     spread = [y, *(margins.quantile(p)[:, 0] for p in (0.05, 0.95))]
     axes = _add_axes(figure, "step", data.targets[0])
@@ -181,7 +182,7 @@ def _draw_sequence(figure: Figure, model: MDN, data: Data, rows: Rows) -> None:
 
 def _draw_curve(figure: Figure, data: Data, rows: Rows, margins: Margins) -> None:
     low, high = _limits(rows.y)
-    one = Margins(margins.weight[:1], margins.loc[:1], margins.scale[:1])  # they are all alike
+    one = _take(margins, slice(1))  # they are all alike
     axes = _add_axes(figure, data.targets[0], f"p({data.targets[0]})")
     inside = rows.y[(rows.y > low) & (rows.y < high)]
     share = len(inside) / max(1, np.isfinite(rows.y).sum())
@@ -215,20 +216,19 @@ def _draw_planes(
     shape = math.ceil(panels / 2), min(2, panels)
     every = [figure.add_subplot(*shape, i + 1) for i in range(panels)]
     for row, axes in zip(chosen, every, strict=True):
-        weight, loc = margins.weight[row], margins.loc[row]  # [K], [K, D]
+        one = _take(margins, row)
         style_axes(axes, first, second)
         axes.locator_params(nbins=5)
         if unconditional:
             shown, style = y, _POINTS
         else:
-            one = Margins(weight, loc, margins.scale[row])
             shown = np.stack([y[row], one.quantile(0.01)[:2], one.quantile(0.99)[:2]])
             style = _MARKER | {"markevery": [0]}  # the others are for the limits alone
             title = f"mean: {first} {mean[row, 0]:.3g}, {second} {mean[row, 1]:.3g}"
             axes.set_title(title, fontsize=10, color=_INK)
         limits = [_limits(column) for column in shown.T]
         # The leading block of a triangular factor is the factor of the margin.
-        image = _draw_regions(axes, weight, loc[:, :2], scale_tril[row, :, :2, :2], limits)
+        image = _draw_regions(axes, one, scale_tril[row, :, :2, :2], limits)
         axes.plot(*shown.T, **style)
     bar = _add_bar(figure, image, every, "probability mass at higher density")
     bar.ax.invert_yaxis()  # bright and dense is up, as in the other pictures
@@ -238,8 +238,7 @@ def _draw_planes(
 
 def _draw_regions(
     axes: Axes,
-    weight: np.ndarray,
-    loc: np.ndarray,
+    margins: Margins,
     scale_tril: np.ndarray,
     limits: list[tuple[float, float]],
 ) -> AxesImage:
@@ -249,17 +248,23 @@ def _draw_regions(
 
     Args:
         axes: to draw on.
-        weight: [K].
-        loc: [K, 2].
-        scale_tril: [K, 2, 2].
+        margins: of one density.
+        scale_tril: [K, 2, 2], of its first two targets.
         limits: of the two targets.
     """
     cells = 150
     first, second = (_centres(low, high, cells) for low, high in limits)
+    loc, (u, v), slopes = margins.loc, (first, second), (1.0, 1.0)
+    if margins.units is not None:
+        units = margins.units.take([0, 1])
+        grid = np.stack([first, second], axis=-1)  # [X = Y, 2]
+        u, v = units.inverse(grid).T
+        slopes = units.slope(grid).T
     l11, l21, l22 = scale_tril[:, 0, 0], scale_tril[:, 1, 0], scale_tril[:, 1, 1]  # [K]
-    a = (first[:, np.newaxis] - loc[:, 0]) / l11  # [X, K]
-    b = (second[:, np.newaxis, np.newaxis] - loc[:, 1] - l21 * a) / l22  # [Y, X, K]
-    density = np.exp(-0.5 * (a**2 + b**2)) @ (weight / (2 * np.pi * l11 * l22))  # [Y, X]
+    a = (np.nan_to_num(u)[:, np.newaxis] - loc[:, 0]) / l11  # [X, K]
+    b = (np.nan_to_num(v)[:, np.newaxis, np.newaxis] - loc[:, 1] - l21 * a) / l22  # [Y, X, K]
+    density = np.exp(-0.5 * (a**2 + b**2)) @ (margins.weight / (2 * np.pi * l11 * l22))  # [Y, X]
+    density *= slopes[0] * np.reshape(slopes[1], [-1, 1])  # zero outside of the domain
     area = math.prod((high - low) / cells for low, high in limits)
     order = np.argsort(density, axis=None)[::-1]
     inside = np.ones(density.size)
@@ -457,8 +462,10 @@ def _mean_density(margins: Margins, edges: np.ndarray) -> np.ndarray:
     return np.diff(below, axis=0) / np.diff(edges)[:, np.newaxis]
 
 
-def _first_target(margins: Margins) -> Margins:
-    return Margins(margins.weight, margins.loc[..., :1], margins.scale[..., :1])
+def _take(margins: Margins, index: Any) -> Margins:
+    """Return the margins of some of the rows."""
+    parts = (a[index] for a in (margins.weight, margins.loc, margins.scale))
+    return Margins(*parts, units=margins.units)
 
 
 def _single_number(x: Features) -> np.ndarray | None:

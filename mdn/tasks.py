@@ -72,6 +72,8 @@ class DensityTask:
     def build(self, config: DictConfig, data: Data, **options: Any) -> MDN:
         options = {"event_size": len(data.targets), **options}
         model = MDN(make(config, "model", **options), make(config, "backbone"))
+        for rows in (data.train, data.validation, data.test):
+            model.head.check_domain(rows.y, data.targets)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
         return model
 

@@ -214,7 +214,7 @@ def mixture():
 
 
 def test_margins_against_scipy(mixture):
-    margins = Margins.of(mixture.mixture_parameters())
+    margins = Margins.of(mixture)
     y = draw(5, 2)
     covariance = mixture.scale_tril.numpy() @ mixture.scale_tril.numpy().swapaxes(-1, -2)
     sd = np.sqrt(np.diagonal(covariance, axis1=-2, axis2=-1))  # [5, K, 2]
@@ -226,7 +226,7 @@ def test_margins_against_scipy(mixture):
 
 @pytest.mark.parametrize("probability", [1e-6, 0.05, 0.5, 0.999])
 def test_quantile_inverts_the_cdf(mixture, probability):
-    margins = Margins.of(mixture.mixture_parameters())
+    margins = Margins.of(mixture)
     quantile = margins.quantile(probability)
     assert quantile.shape == (5, 2)
     np.testing.assert_allclose(margins.cdf(quantile), probability, rtol=1e-9)

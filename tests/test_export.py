@@ -19,7 +19,8 @@ import tf_keras
 from mdn import MDN, Ensemble, backbones, heads
 from mdn.errors import ConfigError, RunError
 from mdn.export import export_saved_model
-from mdn.export.saved_model import draw, input_names
+from mdn.density.queries import draw
+from mdn.export.saved_model import input_names
 
 # On one worker, which makes the fixtures once.
 pytestmark = pytest.mark.xdist_group("export")

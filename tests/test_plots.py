@@ -125,9 +125,8 @@ def test_mean_density_keeps_a_peak_between_two_points():
 def test_regions_hold_their_share_of_a_gaussian():
     axes = Figure().subplots()
     scale_tril = np.array([[2.0, 0.0], [-1.0, 0.5]])
-    image = _draw_regions(
-        axes, np.ones(1), np.zeros((1, 2)), scale_tril[None], [(-9.0, 9.0), (-5.0, 5.0)]
-    )
+    margins = Margins(np.ones(1), np.zeros((1, 2)), np.linalg.norm(scale_tril, axis=1)[None])
+    image = _draw_regions(axes, margins, scale_tril[None], [(-9.0, 9.0), (-5.0, 5.0)])
     inside = np.asarray(image.get_array())
     x, y = (h * ((np.arange(150) + 0.5) / 75 - 1) for h in (9, 5))
     points = np.stack(np.meshgrid(x, y), -1)  # [Y, X, 2]

@@ -15,6 +15,7 @@ from scipy import special
 
 from mdn.data.rows import Data
 from mdn.data.splits import thin
+from mdn.density.transformed import split_transform
 from mdn.evaluation import find_counted
 from mdn.model import MDN
 from mdn.plots import density_figure
@@ -50,16 +51,16 @@ class DensityPanels:
     def graph(self, model: MDN) -> Any:
         @tf.function
         def density(x: tf.Tensor) -> Any:
-            return tuple(model(x, training=False).mixture_parameters())
+            return tuple(split_transform(model(x, training=False))[0].mixture_parameters())
 
         x = np.asarray(model.encode(self.sample.x))
         spec = tf.TensorSpec([None, *x.shape[1:]], tf_keras.backend.floatx(), name="x")
         return density.get_concrete_function(spec).graph.as_graph_def()
 
     def write(self, model: MDN) -> None:
-        density = model.predict_distribution(self.sample.x)
+        base, _ = split_transform(model.predict_distribution(self.sample.x))
         counted = find_counted(self.sample)  # [N] or [N, T]: a density per step, or for the last
-        logits, _, scale_tril = (p.numpy()[counted] for p in density.mixture_parameters())
+        logits, _, scale_tril = (p.numpy()[counted] for p in base.mixture_parameters())
         _write_components(logits, scale_tril)
 
     def figures(self, model: MDN) -> dict[str, Figure]:

@@ -5,6 +5,7 @@ from mdn.density.mixture import DiagGaussianMixture, GaussianMixture, mixture_of
 from mdn.density.normal import MultivariateNormalDiag, MultivariateNormalTriL
 from mdn.density.precision import MultivariateNormalPrecision, PrecisionGaussianMixture
 from mdn.density.queries import MixtureParameters
+from mdn.density.transformed import Transformed
 
 __all__ = [
     "DiagGaussianMixture",
@@ -16,5 +17,6 @@ __all__ = [
     "MultivariateNormalPrecision",
     "MultivariateNormalTriL",
     "PrecisionGaussianMixture",
+    "Transformed",
     "mixture_of",
 ]

@@ -19,7 +19,7 @@ from typing import Any
 import tensorflow as tf
 
 import mdn
-from mdn.density.queries import draw
+from mdn.density.transformed import Transformed, draw_from
 from mdn.errors import ConfigError, RunError
 from mdn.features import Columns
 from mdn.model import MDN
@@ -39,7 +39,8 @@ def export_saved_model(
     Its signatures take any number of rows and return named tensors, in the units of y:
 
     - `serving_default`: features to `mean` [B, D], `stddev` [B, D], and the mixture's `logits`
-      [B, K], `loc` [B, K, D] and `scale_tril` [B, K, D, D]; K = 1 for a single normal.
+      [B, K], `loc` [B, K, D] and `scale_tril` [B, K, D, D]; K = 1 for a single normal. Where
+      targets are transformed there is no mixture in the units of y, and these are left out.
     - `log_prob`: features and `y` [B, D] (NaN where an entry is missing) to `log_prob` [B], nats.
     - `sample`: features, `n` int32 and `seed` int32 [2] to `sample` [n, B, D]; a function of the
       seed: the same draws again.
@@ -186,11 +187,10 @@ def _trace(model: MDN, features: Any) -> dict[str, Any]:
     @tf.function(autograph=False)
     def serving_default(x: Any) -> dict[str, tf.Tensor]:
         density = model(x, training=False)
-        return {
-            "mean": density.mean(),
-            "stddev": density.stddev(),
-            **density.mixture_parameters()._asdict(),
-        }
+        moments = {"mean": density.mean(), "stddev": density.stddev()}
+        if isinstance(density, Transformed):
+            return moments
+        return {**moments, **density.mixture_parameters()._asdict()}
 
     @tf.function(autograph=False)
     def log_prob(x: Any, y: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -198,8 +198,7 @@ def _trace(model: MDN, features: Any) -> dict[str, Any]:
 
     @tf.function(autograph=False)
     def sample(x: Any, n: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
-        density = model(x, training=False)
-        return {"sample": draw(density.mixture_parameters(), n, seed)}
+        return {"sample": draw_from(model(x, training=False), n, seed)}
 
     serving = serving_default.get_concrete_function(features)
     mean = serving.structured_outputs["mean"]  # [B, D] or [B, T, D]

@@ -1,0 +1,259 @@
+"""Densities of transformed targets: Jacobian, domain, moments, saving, training."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from scipy import stats
+from scipy.integrate import trapezoid
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
+from tests.test_density import random_mixture
+
+import mdn
+from mdn.density.transformed import Transformed, draw_from
+from mdn.density.transforms import BoxCox, PerTarget, describe, fit_power, make_bijector
+
+TRANSFORMS = {
+    "log": "log",
+    "logit": {"name": "logit", "low": -2.0, "high": 5.0},
+    "box_cox": {"name": "box_cox", "power": 0.5},
+    "softplus": tfb.Softplus(hinge_softness=0.7),
+}
+
+
+def positive_rows(n=400, seed=0):
+    """Return x [N, 2], and y [N, 1]: log-normal given x, in units of their own."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=[n, 2])
+    return x, 50.0 * np.exp(0.8 * x[:, :1] + 0.3 * rng.normal(size=[n, 1]))
+
+
+def test_log_prob_is_scipys_lognormal():
+    density = Transformed(
+        mdn.GaussianMixture(np.zeros([1]), np.full([1, 1], 0.3), np.full([1, 1, 1], 0.5)),
+        tfb.Exp(),
+    )
+    y = np.array([0.1, 1.0, 7.0])
+    truth = stats.lognorm(s=0.5, scale=np.exp(0.3))
+    np.testing.assert_allclose(density.log_prob(y[:, None]), truth.logpdf(y))
+    np.testing.assert_allclose(density.mean(), [truth.mean()])
+    np.testing.assert_allclose(density.stddev(), [truth.std()])
+    assert (density.log_prob(np.array([[-1.0], [0.0]])).numpy() == -np.inf).all()
+    assert density.log_prob(np.array([np.nan])).numpy() == 0.0
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_density_integrates_to_one_in_the_units_of_y(name):
+    head = mdn.heads.Mixture(1, 2, target_transform=TRANSFORMS[name], dtype="float64")
+    rng = np.random.default_rng(1)
+    y = {"logit": rng.uniform(-1.9, 4.9, size=[300, 1])}.get(name, rng.gamma(2.0, size=[300, 1]))
+    head.adapt(y)
+    density = head(tf.zeros([1, 4], tf.float64))
+    assert isinstance(density, tfd.TransformedDistribution)
+    u = np.linspace(-60.0, 60.0, 400_001)
+    grid = np.unique(head._bijector.forward(tf.constant(u)).numpy())
+    grid = grid[np.isfinite(grid)]
+    if name == "logit":
+        grid = grid[(grid > -2.0) & (grid < 5.0)]
+    p = np.exp(density.log_prob(grid[grid < 1e6][:, None, None]).numpy()[:, 0])
+    assert trapezoid(p, grid[grid < 1e6]) == pytest.approx(1.0, abs=1e-3)
+    mean = trapezoid(p * grid[grid < 1e6], grid[grid < 1e6])
+    np.testing.assert_allclose(density.mean()[0, 0], mean, rtol=2e-3)
+
+
+@pytest.mark.parametrize("power", [0.5, 0.0, -0.7, 2.0])
+def test_box_cox_is_scipys_inside_and_covers_the_whole_line(power):
+    join = 0.4 if power >= 0.0 else 3.0
+    bijector = BoxCox(tf.constant(power, tf.float64), tf.constant(join, tf.float64))
+    y = np.linspace(0.01, 9.0, 500)
+    u = bijector.inverse(tf.constant(y)).numpy()
+    inside = y >= join if power >= 0.0 else y <= join
+    np.testing.assert_allclose(u[inside], stats.boxcox(y[inside], power), rtol=1e-12)
+    assert (np.diff(u) > 0.0).all()
+    np.testing.assert_allclose(bijector.forward(tf.constant(u)), y, rtol=1e-10)
+    slope = bijector.inverse_log_det_jacobian(tf.constant(y), event_ndims=0).numpy()
+    h = 1e-6
+    up, down = (bijector.inverse(tf.constant(y + d)).numpy() for d in (h, -h))
+    np.testing.assert_allclose(slope, np.log((up - down) / (2 * h)), atol=1e-5)
+    far = bijector.forward(tf.constant([-30.0, 30.0], tf.float64)).numpy()
+    assert ((far > 0.0) & np.isfinite(far)).all()
+
+
+def test_the_power_is_that_of_scipy():
+    y = np.random.default_rng(0).gamma(3.0, size=500)
+    assert fit_power(y) == pytest.approx(stats.boxcox(y)[1], abs=1e-3)
+    head = mdn.heads.Diag(2, target_transform=["box_cox", None])
+    head.adapt(np.stack([y, y - 3.0], axis=1))
+    assert head.box_cox_power.numpy()[0] == pytest.approx(stats.boxcox(y)[1], abs=1e-3)
+
+
+def test_missing_targets_are_marginalised_and_each_target_has_its_own():
+    rng = np.random.default_rng(2)
+    base = random_mixture(rng, [20], 3, 2)
+    density = Transformed(base, PerTarget([tfb.Exp(), None]))
+    u = rng.normal(size=[20, 2])
+    y = np.stack([np.exp(u[:, 0]), u[:, 1]], axis=1)
+    np.testing.assert_allclose(density.log_prob(y), base.log_prob(u) - u[:, 0])
+    u[:10, 0], y[:10, 0], u[10:, 1], y[10:, 1] = np.nan, np.nan, np.nan, np.nan
+    slope = np.where(np.isnan(u[:, 0]), 0.0, u[:, 0])
+    np.testing.assert_allclose(density.log_prob(y), base.log_prob(u) - slope)
+    draws = draw_from(density, tf.constant(20_000), tf.constant([1, 2])).numpy()
+    assert (draws[..., 0] > 0.0).all()
+    error = 5.0 * draws.std(axis=0) / np.sqrt(len(draws))
+    assert (np.abs(draws.mean(axis=0) - density.mean()) < error).all()
+    np.testing.assert_allclose(tf.convert_to_tensor(density), density.mean())
+
+
+def test_gradients_stay_finite_where_a_target_is_missing_or_outside():
+    base = random_mixture(np.random.default_rng(3), [3], 2, 2)
+    loc = tf.Variable(base.loc)
+    y = np.array([[1.0, np.nan], [-1.0, 2.0], [0.5, 0.5]])
+    with tf.GradientTape() as tape:
+        density = Transformed(mdn.GaussianMixture(base.logits, loc, base.scale_tril), tfb.Exp())
+        total = tf.reduce_sum(density.log_prob(y)[::2])
+    assert np.isfinite(tape.gradient(total, loc)).all()
+
+
+@pytest.mark.parametrize("kind", ["Mixture", "Diag", "MixturePrecision", "MixtureLowRank"])
+@pytest.mark.parametrize("transform", ["log", ["box_cox", None]])
+def test_the_training_path_equals_the_density(kind, transform):
+    rng = np.random.default_rng(4)
+    head = getattr(mdn.heads, kind)(2, target_transform=transform, dtype="float64")
+    y = rng.gamma(2.0, size=[50, 2])
+    head.adapt(y)
+    hidden = tf.constant(rng.normal(size=[50, 3]))
+    density = head(hidden)
+    np.testing.assert_allclose(head.log_prob(hidden, tf.constant(y)), density.log_prob(y))
+    params = tf.constant(rng.normal(size=[5, head.params_size]))
+    again = head.parameters(head.distribution(params))
+    np.testing.assert_allclose(again, params, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_training_saving_and_exporting(tmp_path, jit_compile):
+    x, y = positive_rows()
+    y = np.concatenate([y, x[:, :1]], axis=1)
+    y[::7, 0], y[3] = np.nan, np.nan
+    tf_keras.utils.set_random_seed(0)
+    head = mdn.heads.Mixture(2, 2, target_transform=["box_cox", tfb.Shift(3.0)])
+    model = mdn.MDN(head, mdn.backbones.MLP([16]))
+    model.adapt(x, y)
+    model.compile(tf_keras.optimizers.Adam(0.01), jit_compile=jit_compile)
+    history = model.fit(x, y, batch_size=64, epochs=15, verbose=0).history
+    assert history["loss"][-1] < history["loss"][0] - 0.3
+    model.save(tmp_path / "model.keras")
+    again = mdn.load(tmp_path / "model.keras")
+    np.testing.assert_array_equal(again.predict(x), model.predict(x))
+    np.testing.assert_array_equal(again.log_prob(x, y), model.log_prob(x, y))
+    density = model.predict_distribution(x)
+    np.testing.assert_allclose(density.log_prob(y.astype(np.float32)), model.log_prob(x, y), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(density.mean(), model.predict(x), rtol=1e-5)
+
+    from mdn.export import export_saved_model
+
+    export_saved_model(model, tmp_path / "saved_model")
+    signatures = tf.saved_model.load(tmp_path / "saved_model").signatures
+    x32, y32 = tf.constant(x, tf.float32), tf.constant(y, tf.float32)
+    answers = signatures["serving_default"](x=x32)
+    assert set(answers) == {"mean", "stddev"}  # in the units of y there is no mixture to state
+    np.testing.assert_allclose(answers["mean"], model.predict(x), rtol=1e-5)
+    log_prob = signatures["log_prob"](x=x32, y=y32)["log_prob"]
+    np.testing.assert_allclose(log_prob, model.log_prob(x, y), rtol=1e-4, atol=1e-5)
+    draws = signatures["sample"](x=x32, n=tf.constant(50), seed=tf.constant([1, 2]))["sample"]
+    assert (draws.numpy()[..., 0] > 0.0).all()
+
+
+def test_a_target_outside_of_the_domain_is_named():
+    x, y = positive_rows()
+    y[5] = -1.5
+    model = mdn.MDN(mdn.heads.Mixture(1, 2, target_transform="log"))
+    with pytest.raises(mdn.MDNError, match="target 0 is -1.5 in row 5: .*=log it must be positive"):
+        model.adapt(x, y)
+    head = mdn.heads.Diag(1, target_transform={"name": "logit", "high": 100.0})
+    with pytest.raises(mdn.MDNError, match="'share' is .* strictly between low=0.0 and high=100"):
+        head.check_domain(np.array([[50.0], [100.0]]), ["share"])
+    y[5] = 1.0
+    model.adapt(x, y)
+    model.compile()
+    y[7] = 0.0
+    with pytest.raises(mdn.MDNError, match="target 0 is 0 in row 7"):
+        model.fit(x, y, verbose=0)
+
+
+@tf_keras.saving.register_keras_serializable(package="tests")
+class Sinh(tfb.Bijector):
+    """A bijector of a user's own."""
+
+    def __init__(self, shift=0.0, name="Sinh"):
+        parameters = dict(locals())
+        self.shift = shift
+        super().__init__(forward_min_event_ndims=0, parameters=parameters, name=name)
+
+    def _forward(self, x):
+        return tf.math.sinh(x) + self.shift
+
+    def get_config(self):
+        return {"shift": self.shift}
+
+
+@pytest.mark.parametrize(
+    "bijector",
+    [tfb.Exp(), tfb.Softplus(hinge_softness=0.5), tfb.Chain([tfb.Exp(), tfb.Scale(2.0)]), Sinh(2.0)],
+)
+def test_a_bijector_survives_as_plain_data(bijector):
+    import json
+
+    plain = json.loads(json.dumps(describe(bijector, 1)))
+    again = make_bijector(plain, "float32")
+    values = tf.linspace(-1.0, 1.0, 7)
+    np.testing.assert_allclose(again.forward(values), bijector.forward(values))
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        ("logg", "target_transform=logg is unknown: choose one of log, logit, box_cox"),
+        ({"name": "log", "low": 1.0}, "target_transform=log: low is no option of it; it has none"),
+        ({"name": "logit", "low": 1.0}, "low=1.0 must be below high=1.0"),
+        (["log"], "target_transform has 1 entries for 2 targets"),
+        ("FillTriangular", "FillTriangular: must map each number by itself, and increase"),
+        (tfb.Scale(-1.0), "Scale: must map each number by itself, and increase"),
+        (3, "target_transform=3 is unknown"),
+    ],
+)
+def test_a_wrong_transform_is_named(transform, message):
+    with pytest.raises(mdn.MDNError, match=message):
+        mdn.heads.Mixture(2, 3, target_transform=transform)
+
+
+def test_what_only_a_mixture_answers_is_refused():
+    density = Transformed(random_mixture(np.random.default_rng(0), [2], 2, 1), tfb.Exp())
+    with pytest.raises(mdn.MDNError, match="ask density.distribution"):
+        density.mixture_parameters()
+
+
+@pytest.mark.parametrize("transform", ["log", ["log", {"name": "logit", "low": -9, "high": 9}]])
+def test_margins_are_those_of_the_density(transform):
+    from mdn.evaluation import Margins
+
+    rng = np.random.default_rng(5)
+    head = mdn.heads.Mixture(2, 2, target_transform=transform)
+    y = np.stack([rng.gamma(2.0, size=300), rng.uniform(0.1, 8.0, size=300)], axis=1)
+    head.adapt(y)
+    density = head(tf.zeros([3, 4]))
+    margins = Margins.of(density)
+    np.testing.assert_allclose(margins.mean(), density.mean(), rtol=1e-4)
+    draws = draw_from(density, tf.constant(40_000), tf.constant([1, 2])).numpy()[:, 0]
+    for p in (0.1, 0.5, 0.9):
+        quantile = margins.quantile(p)[0]
+        np.testing.assert_allclose(margins.cdf(quantile[None])[0], p, atol=1e-5)
+        error = 5.0 * np.sqrt(p * (1.0 - p) / len(draws))
+        np.testing.assert_allclose((draws <= quantile).mean(axis=0), p, atol=error)
+    outside = margins.cdf(np.array([[-10.0, np.nan]]))[0]
+    assert outside[0] == 0.0
+    assert np.isnan(outside[1])
+    slope = margins.units.slope(np.array([[2.0, 3.0]]))
+    assert slope[0, 0] == pytest.approx(0.5)
+    one = margins.first()
+    np.testing.assert_allclose(one.quantile(0.3), margins.quantile(0.3)[..., :1])
