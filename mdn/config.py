@@ -261,6 +261,27 @@ class TpuOptions(Target):
     tpu: str
 
 
+class EnergyOptions(Section):
+    directions: PositiveInt = 32
+    seed: NonNegativeInt = 0
+
+
+class BetaOptions(Section):
+    beta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+
+
+class IntervalOptions(Section):
+    step: PositiveFloat | list[PositiveFloat] | None = None
+
+
+LOSSES: dict[str, type[Section]] = {
+    "nll": Section,
+    "crps": Section,
+    "energy": EnergyOptions,
+    "beta_nll": BetaOptions,
+    "interval_nll": IntervalOptions,
+}
+
 SIMULATORS = (
     "Sinusoid",
     "EconDensity",
@@ -325,7 +346,7 @@ class TrainerOptions(Section):
 
 
 class TopOptions(Section):
-    loss: Literal["nll"]
+    loss: Any
     ensemble: PositiveInt = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     output_dir: str | None
@@ -339,7 +360,7 @@ class TopOptions(Section):
 
 
 # Of an option of several types, pydantic also names the type that it tried.
-_UNION_TAG = re.compile(r"\[|^(literal.*|str|int|float|bool)$")
+_UNION_TAG = re.compile(r"\[|^(literal.*|constrained-.*|str|int|float|bool)$")
 
 GROUPS = ("model", "backbone", "data", "optimizer", "strategy")
 
@@ -404,6 +425,7 @@ def check_config(config: DictConfig) -> None:
             _check(OPTIONS[group["_target_"]], group, f"{name}.")
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
+    _check_loss(values["loss"])
     _check_transform(values["target_transform"], values["ensemble"], model)
     if values.get("rank") is not None and "rank" not in model:
         raise ConfigError(_rank_without_factors(str(values["rank"])))
@@ -440,6 +462,15 @@ def check_config(config: DictConfig) -> None:
                 )
 
 
+def _check_loss(loss: Any) -> None:
+    """Raise a ConfigError unless this is a loss, by its name or with its options."""
+    options = dict(loss) if isinstance(loss, dict) else {"name": loss}
+    name = options.pop("name", None)
+    if name not in LOSSES:
+        raise ConfigError(f"loss={name}: must be one of {', '.join(LOSSES)}")
+    _check(LOSSES[name], options, "loss.")
+
+
 def _check_transform(transform: Any, members: int, model: dict[str, Any]) -> None:
     """Raise a ConfigError where `target_transform` cannot be one, or has no meaning."""
     if transform is None:
@@ -449,9 +480,7 @@ def _check_transform(transform: Any, members: int, model: dict[str, Any]) -> Non
             f"target_transform={transform}: this model has none; use model=mixture, or so"
         )
     if members > 1:
-        raise ConfigError(
-            f"target_transform={transform}: an ensemble has none; set ensemble=1"
-        )
+        raise ConfigError(f"target_transform={transform}: an ensemble has none; set ensemble=1")
     for one in transform if isinstance(transform, list) else [transform]:
         name = one.get("name") if isinstance(one, dict) else one
         known = name is None and one is None or name in TRANSFORMS

@@ -325,7 +325,7 @@ class Ensemble(MDN):
     def compile(
         self,
         optimizer: Any = "adam",
-        loss: str | losses.Loss = "nll",
+        loss: str | dict[str, Any] | losses.Loss = "nll",
         *,
         jit_compile: bool | None = None,
         **kwargs: Any,
@@ -434,13 +434,15 @@ class Ensemble(MDN):
         else:
             score = self._score(filled, density)
         means, count = self._means(score, counted, sample_weight)  # [M]
+        nll = self._nll(filled, density)
+        nlls = means if nll is None else self._means(nll, counted, sample_weight)[0]
         for m, name in enumerate(self._member_names()):
-            getattr(self._trackers, name).update_state(means[m], sample_weight=count[m])
+            getattr(self._trackers, name).update_state(nlls[m], sample_weight=count[m])
         if not own:
             weight = None if sample_weight is None else sample_weight[0]
             density = mixture_of(density)
             return self.compute_loss(x, y[0], density, weight), density
-        self._trackers.nll.update_state(means, sample_weight=count)
+        self._trackers.nll.update_state(nlls, sample_weight=count)
         self._trackers.loss.update_state(means, sample_weight=count)
         # The sum: the gradient by a member's weights is then that of its own loss.
         return tf.reduce_sum(means), density

@@ -92,6 +92,7 @@ class Head(tfp.layers.DistributionLambda):
         self.y_scale = self._statistic("y_scale", [d], 1.0)
         self.floor = self._statistic("floor", [d], self.min_scale)  # in standardised units
         self._bijector = self._make_bijector()
+        self.grid: list[float] | None = None  # [D], known from `adapt` on; 0 where there is none
         # The bias is made here and not in `build`, so that `adapt` can set it at any time.
         self.bias = self.add_weight(
             name="bias", shape=[self.params_size], initializer="zeros", dtype=self.dtype
@@ -135,9 +136,7 @@ class Head(tfp.layers.DistributionLambda):
             names: of the targets, for the message.
         """
         if self._bijector is not None:
-            transforms.check_domain(
-                y, self._bijector, self.target_transform, self.dtype, names
-            )
+            transforms.check_domain(y, self._bijector, self.target_transform, self.dtype, names)
 
     @property
     def filler(self) -> tf.Tensor:
@@ -347,9 +346,11 @@ class Head(tfp.layers.DistributionLambda):
                 f"y has {y.shape[-1]} targets and the head event_size={self.event_size}: "
                 "make them equal"
             )
-        y = self._transformed(y.reshape([-1, self.event_size]))
+        given = y.reshape([-1, self.event_size])
+        y = self._transformed(given)
         loc, scale = np.nanmean(y, axis=0), np.nanstd(y, axis=0)
         grid = np.array([max(resolution(c), float32_step(c)) for c in y.T])  # [D]
+        self.grid = [resolution(column) for column in given.T]
         self.y_loc.assign(loc)
         self.y_scale.assign(scale)
         self.floor.assign(np.maximum(self.min_scale, grid / math.sqrt(12.0) / scale))
@@ -595,9 +596,7 @@ class MixturePrecision(MixtureHead):
         narrowest = tf.constant(1.0 / self._narrowest_start, self.dtype)  # [D]
         diagonal = tf.clip_by_value(tf.linalg.diag_part(unit), widest, narrowest)
         unit = tf.linalg.set_diag(unit, diagonal)
-        return GaussianMixture.from_precision_tril(
-            logits, loc, unit / self.y_scale[:, tf.newaxis]
-        )
+        return GaussianMixture.from_precision_tril(logits, loc, unit / self.y_scale[:, tf.newaxis])
 
 
 @register
@@ -617,9 +616,7 @@ class MixtureLowRank(MixtureHead):
         ConfigError: an argument is out of its range.
     """
 
-    def __init__(
-        self, event_size: int, components: int = 3, rank: int = 2, **kwargs: Any
-    ) -> None:
+    def __init__(self, event_size: int, components: int = 3, rank: int = 2, **kwargs: Any) -> None:
         if rank < 1:
             raise ConfigError(f"rank={rank}: must be at least 1; without any use MixtureDiag")
         self._rank = int(rank)

@@ -25,7 +25,7 @@ from mdn.density.queries import Queries
 from mdn.density.transformed import rebuilder
 from mdn.errors import ConfigError, DataError, RunError
 from mdn.features import Columns, Standardize, as_tensors
-from mdn.heads import Head
+from mdn.heads import Diag, Head, MixtureDiag
 from mdn.inference import RowProgram, largest_batch
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
@@ -150,7 +150,7 @@ class MDN(TrainedModel):
     def compile(
         self,
         optimizer: Any = "adam",
-        loss: str | losses.Loss = "nll",
+        loss: str | dict[str, Any] | losses.Loss = "nll",
         *,
         jit_compile: bool | None = None,
         **kwargs: Any,
@@ -159,15 +159,41 @@ class MDN(TrainedModel):
 
         Args:
             optimizer: a Keras optimizer or its name.
-            loss: a name of `mdn.losses.LOSSES`, or a function of (y, density) to [B].
+            loss: a name of `mdn.losses.LOSSES`, {"name": .., option: value, ..}, or a function
+                of (y, density) to [B].
             jit_compile: see `CompiledModel.compile`.
             **kwargs: as for `tf_keras.Model.compile`; metrics see the mean of the density.
 
         Raises:
-            ConfigError: the loss is unknown.
+            ConfigError: the loss is unknown, or has no closed form for the head's density.
         """
-        self._score = losses.get(loss)
+        self._score = losses.get(loss, self.head.grid)
+        self._check_score()
+        if not isinstance(loss, str) or loss == "interval_nll":
+            loss = self._score  # whose options are then saved with the model
         super().compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile, **kwargs)
+
+    def _check_score(self) -> None:
+        """Raise a ConfigError where the loss has no closed form for the head's density."""
+        score, head = self._score, self.head
+        name = getattr(score, "__name__", type(score).__name__)
+        if head.target_transform is not None and (
+            score is losses.crps or isinstance(score, losses.Energy | losses.IntervalNLL)
+        ):
+            raise ConfigError(
+                f"loss={name}: has no closed form with a target_transform; use loss=nll"
+            )
+        if not isinstance(score, losses.IntervalNLL):
+            return
+        if head.event_size > 1 and not isinstance(head, Diag | MixtureDiag):
+            raise ConfigError(
+                f"loss={name}: {head.event_size} targets need diagonal covariances; use "
+                "model=mixture_diag or model=diag"
+            )
+        if np.size(score.step) not in (1, head.event_size):
+            raise ConfigError(
+                f"loss={name}: {np.size(score.step)} steps for {head.event_size} targets"
+            )
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None
@@ -177,25 +203,40 @@ class MDN(TrainedModel):
         Rows without any observed target, and padded steps, count nothing.
         """
         y, counted = self._fill(x, y)
-        return self._mean(self._score(y, y_pred), counted, sample_weight)
+        return self._mean(self._score(y, y_pred), counted, sample_weight, self._nll(y, y_pred))
+
+    def _nll(self, y: tf.Tensor, density: Queries) -> tf.Tensor | None:
+        """Return the NLL for the metric of that name, where it is not the loss."""
+        return None if self._score is losses.nll else losses.nll(y, density)
 
     def _fill(self, x: Any, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Return y with numbers in the rows that count nothing, and which rows count."""
         counted = self._counted(x, y)  # [B] or [B, T]
         return tf.where(counted[..., tf.newaxis], y, tf.cast(self.head.filler, y.dtype)), counted
 
-    def _mean(self, score: tf.Tensor, counted: tf.Tensor, sample_weight: Any) -> tf.Tensor:
+    def _mean(
+        self,
+        score: tf.Tensor,
+        counted: tf.Tensor,
+        sample_weight: Any,
+        nll: tf.Tensor | None = None,
+    ) -> tf.Tensor:
         count = tf.maximum(tf.reduce_sum(tf.cast(counted, score.dtype)), 1.0)
         if sample_weight is not None:
             sample_weight = tf.cast(sample_weight, score.dtype)
             if sample_weight.shape.rank < score.shape.rank:
                 sample_weight = sample_weight[:, tf.newaxis]  # [B, 1], the same for every step
-            score *= sample_weight
-        total = tf.reduce_sum(tf.where(counted, score, tf.zeros_like(score)))
+
+        def add(score: tf.Tensor) -> tf.Tensor:
+            score = score if sample_weight is None else score * sample_weight
+            return tf.reduce_sum(tf.where(counted, score, tf.zeros_like(score)))
+
+        total = add(score)
+        nll_total = total if nll is None else add(nll)
         penalty = tf.add_n(
             [tf.cast(term, total.dtype) for term in self.losses] or [tf.zeros_like(total)]
         )
-        self._trackers.nll.update_state(total / count, sample_weight=count)
+        self._trackers.nll.update_state(nll_total / count, sample_weight=count)
         self._trackers.loss.update_state(total / count + penalty, sample_weight=count)
         return total / self._per_replica(count) + penalty
 

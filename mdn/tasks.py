@@ -93,6 +93,7 @@ class DensityTask:
                 "use data.missing=error"
             )
         model.missing = data.missing
+        model.head.grid = fresh.head.grid
 
     def judge(self, model: MDN, data: Data, history: History, plots: Path) -> dict[str, float]:
         evaluation = evaluate(model, data)

@@ -120,7 +120,7 @@ def compile_model(model: TrainedModel, config: DictConfig, steps: int) -> None:
     optimizer = make(config, "optimizer", **options)
     model.compile(
         optimizer,
-        loss=config.loss,
+        loss=config.loss if isinstance(config.loss, str) else OmegaConf.to_container(config.loss),
         jit_compile=None if trainer.compiled else False,
         steps_per_execution=trainer.steps_per_execution,
     )

@@ -270,7 +270,9 @@ def test_precision_and_low_rank_start_at_the_covariances_of_the_clusters():
     np.testing.assert_allclose(exact, expected, rtol=1e-3)
     stddev = [np.sqrt(np.diagonal(c, axis1=1, axis2=2)) for c in (close, expected)]
     np.testing.assert_allclose(*stddev, rtol=0.02)
-    np.testing.assert_allclose(close / stddev[1][0, 0] ** 2, expected / stddev[1][0, 0] ** 2, atol=0.05)
+    np.testing.assert_allclose(
+        close / stddev[1][0, 0] ** 2, expected / stddev[1][0, 0] ** 2, atol=0.05
+    )
 
 
 @pytest.mark.parametrize(

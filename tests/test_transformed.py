@@ -147,7 +147,9 @@ def test_training_saving_and_exporting(tmp_path, jit_compile):
     np.testing.assert_array_equal(again.predict(x), model.predict(x))
     np.testing.assert_array_equal(again.log_prob(x, y), model.log_prob(x, y))
     density = model.predict_distribution(x)
-    np.testing.assert_allclose(density.log_prob(y.astype(np.float32)), model.log_prob(x, y), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        density.log_prob(y.astype(np.float32)), model.log_prob(x, y), rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_allclose(density.mean(), model.predict(x), rtol=1e-5)
 
     from mdn.export import export_saved_model
@@ -168,7 +170,9 @@ def test_a_target_outside_of_the_domain_is_named():
     x, y = positive_rows()
     y[5] = -1.5
     model = mdn.MDN(mdn.heads.Mixture(1, 2, target_transform="log"))
-    with pytest.raises(mdn.MDNError, match="target 0 is -1.5 in row 5: .*=log it must be positive"):
+    with pytest.raises(
+        mdn.MDNError, match="target 0 is -1.5 in row 5: .*=log it must be positive"
+    ):
         model.adapt(x, y)
     head = mdn.heads.Diag(1, target_transform={"name": "logit", "high": 100.0})
     with pytest.raises(mdn.MDNError, match="'share' is .* strictly between low=0.0 and high=100"):
@@ -199,7 +203,12 @@ class Sinh(tfb.Bijector):
 
 @pytest.mark.parametrize(
     "bijector",
-    [tfb.Exp(), tfb.Softplus(hinge_softness=0.5), tfb.Chain([tfb.Exp(), tfb.Scale(2.0)]), Sinh(2.0)],
+    [
+        tfb.Exp(),
+        tfb.Softplus(hinge_softness=0.5),
+        tfb.Chain([tfb.Exp(), tfb.Scale(2.0)]),
+        Sinh(2.0),
+    ],
 )
 def test_a_bijector_survives_as_plain_data(bijector):
     import json

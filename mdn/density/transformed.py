@@ -122,9 +122,7 @@ def _construct(
     return Transformed(constructor(**tensors), bijector)
 
 
-def to_base(
-    bijector: tfb.Bijector, y: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def to_base(bijector: tfb.Bijector, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Return u, the log slope summed over what is observed, and whether y is in the domain.
 
     Args:

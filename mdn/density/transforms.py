@@ -178,9 +178,7 @@ def _describe_bijector(bijector: tfb.Bijector) -> dict[str, Any]:
                 "decorate it with tf_keras.saving.register_keras_serializable()"
             )
         return {"name": name, **getattr(bijector, "get_config")()}
-    defaults = {
-        key: p.default for key, p in inspect.signature(kind.__init__).parameters.items()
-    }
+    defaults = {key: p.default for key, p in inspect.signature(kind.__init__).parameters.items()}
     options = {
         key: _plain(value, name)
         for key, value in bijector.parameters.items()
@@ -264,9 +262,7 @@ def _make_named(name: str, options: dict[str, Any], dtype: str) -> tfb.Bijector:
     numbers = bijector.forward_min_event_ndims == bijector.inverse_min_event_ndims == 0
     grid = tf.cast(tf.linspace(-1.0, 1.0, 5), dtype)
     if not numbers or not np.all(np.diff(bijector.forward(grid)) > 0.0):
-        raise ConfigError(
-            f"target_transform={name}: must map each number by itself, and increase"
-        )
+        raise ConfigError(f"target_transform={name}: must map each number by itself, and increase")
     return bijector
 
 
