@@ -362,6 +362,8 @@ class TopOptions(Section):
 # Of an option of several types, pydantic also names the type that it tried.
 _UNION_TAG = re.compile(r"\[|^(literal.*|constrained-.*|str|int|float|bool)$")
 
+_TRANSFORM = re.compile("|".join([*TRANSFORMS, r"([\w.]+>)?[A-Z]\w+"]))
+
 GROUPS = ("model", "backbone", "data", "optimizer", "strategy")
 
 
@@ -483,9 +485,8 @@ def _check_transform(transform: Any, members: int, model: dict[str, Any]) -> Non
         raise ConfigError(f"target_transform={transform}: an ensemble has none; set ensemble=1")
     for one in transform if isinstance(transform, list) else [transform]:
         name = one.get("name") if isinstance(one, dict) else one
-        known = name is None and one is None or name in TRANSFORMS
         # Whether there is such a class is for TFP to say.
-        if not (known or isinstance(name, str) and re.fullmatch(r"([\w.]+>)?[A-Z]\w+", name)):
+        if one is not None and not re.fullmatch(_TRANSFORM, str(name)):
             raise ConfigError(
                 f"target_transform={name}: is unknown; choose one of {', '.join(TRANSFORMS)}, or "
                 "a class of tfp.bijectors such as Softplus"

@@ -24,9 +24,9 @@ from mdn.density import (
     GaussianMixture,
     MultivariateNormalDiag,
     MultivariateNormalTriL,
+    transforms,
 )
 from mdn.density import positivity as scales
-from mdn.density import transforms
 from mdn.density.packed import (
     packed_log_prob,
     packed_low_rank_log_prob,
@@ -180,7 +180,7 @@ class Head(tfp.layers.DistributionLambda):
             flat.append(tf.reshape(parts[name], tf.concat([leading, [math.prod(shape)]], 0)))
         return tf.concat(flat, axis=-1)
 
-    def distribution(self, params: tf.Tensor) -> Queries:
+    def distribution(self, params: tf.Tensor) -> Any:
         """Return the density with batch [..] and event [D] of unconstrained params [.., P]."""
         density = self._density(params)
         return density if self._bijector is None else Transformed(density, self._bijector)

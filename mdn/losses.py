@@ -149,7 +149,7 @@ class Energy:
         if d == 1:
             normals = tf.ones([1, 1], y.dtype)
         else:
-            seed = _fingerprint(y, loc) + [self.seed, 0]
+            seed = _fingerprint(y, loc) + tf.constant([self.seed, 0])
             normals = tf.random.stateless_normal([count, d], seed, dtype=y.dtype, alg="philox")
         normals = tf.where(missing, tf.zeros_like(normals), normals)  # [.., S, D]
         length = tf.norm(normals, axis=-1, keepdims=True)

@@ -464,8 +464,12 @@ def _mean_density(margins: Margins, edges: np.ndarray) -> np.ndarray:
 
 def _take(margins: Margins, index: Any) -> Margins:
     """Return the margins of some of the rows."""
-    parts = (a[index] for a in (margins.weight, margins.loc, margins.scale))
-    return Margins(*parts, units=margins.units)
+    return dataclasses.replace(
+        margins,
+        weight=margins.weight[index],
+        loc=margins.loc[index],
+        scale=margins.scale[index],
+    )
 
 
 def _single_number(x: Features) -> np.ndarray | None:

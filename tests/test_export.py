@@ -17,9 +17,9 @@ import tensorflow as tf
 import tf_keras
 
 from mdn import MDN, Ensemble, backbones, heads
+from mdn.density.queries import draw
 from mdn.errors import ConfigError, RunError
 from mdn.export import export_saved_model
-from mdn.density.queries import draw
 from mdn.export.saved_model import input_names
 
 # On one worker, which makes the fixtures once.

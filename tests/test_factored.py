@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from scipy.linalg import solve_triangular
-from tests.test_density import oracle, random_tril
+from test_density import oracle, random_tril
 
 import mdn
 from mdn.density import (

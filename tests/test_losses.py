@@ -9,7 +9,7 @@ import tf_keras
 from scipy.integrate import quad, trapezoid
 from scipy.special import log_ndtr
 from scipy.stats import norm
-from tests.test_density import random_mixture
+from test_density import random_mixture
 
 import mdn
 from mdn import losses

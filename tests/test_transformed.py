@@ -8,7 +8,7 @@ from scipy import stats
 from scipy.integrate import trapezoid
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
-from tests.test_density import random_mixture
+from test_density import random_mixture
 
 import mdn
 from mdn.density.transformed import Transformed, draw_from
@@ -171,11 +171,11 @@ def test_a_target_outside_of_the_domain_is_named():
     y[5] = -1.5
     model = mdn.MDN(mdn.heads.Mixture(1, 2, target_transform="log"))
     with pytest.raises(
-        mdn.MDNError, match="target 0 is -1.5 in row 5: .*=log it must be positive"
+        mdn.MDNError, match=r"target 0 is -1.5 in row 5: .*=log it must be positive"
     ):
         model.adapt(x, y)
     head = mdn.heads.Diag(1, target_transform={"name": "logit", "high": 100.0})
-    with pytest.raises(mdn.MDNError, match="'share' is .* strictly between low=0.0 and high=100"):
+    with pytest.raises(mdn.MDNError, match=r"'share' is .* strictly between low=0.0 and high=100"):
         head.check_domain(np.array([[50.0], [100.0]]), ["share"])
     y[5] = 1.0
     model.adapt(x, y)
@@ -238,7 +238,7 @@ def test_a_wrong_transform_is_named(transform, message):
 
 def test_what_only_a_mixture_answers_is_refused():
     density = Transformed(random_mixture(np.random.default_rng(0), [2], 2, 1), tfb.Exp())
-    with pytest.raises(mdn.MDNError, match="ask density.distribution"):
+    with pytest.raises(mdn.MDNError, match=r"ask density\.distribution"):
         density.mixture_parameters()
 
 

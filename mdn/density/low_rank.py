@@ -1,4 +1,4 @@
-"""Gaussians and their mixtures with covariances diag(s^2) + W W^T, W [D, R], for D in the hundreds.
+"""Gaussians and their mixtures with covariances diag(s^2) + W W^T, W [D, R], for large D.
 
 With A = W / s and u = (y - loc) / s, Woodbury's identity and the determinant lemma are statements
 about the least-squares problem [A; I] z = [u; 0]: the squared Mahalanobis distance is its residual

@@ -104,9 +104,11 @@ def packed_precision_log_prob(
         raw_diag = tf.stack([row[:, -1] for row in rows], axis=1)  # [K, D, B]
         diag = diagonal(raw_diag)
         # z = P^T r, a column of P at a time.
-        below = [[rows[j][:, i] * residual[:, j] for j in range(i + 1, d)] for i in range(d - 1)]
-        z = [diag[:, i] * residual[:, i] for i in range(d)]
-        z = tf.stack([tf.add_n([one, *rest]) for one, rest in zip(z, [*below, []])], axis=1)
+        z = []
+        for i in range(d):
+            below = [rows[j][:, i] * residual[:, j] for j in range(i + 1, d)]
+            z.append(tf.add_n([diag[:, i] * residual[:, i], *below]))
+        z = tf.stack(z, axis=1)  # [K, D, B]
         terms = tf.math.log(diag) - 0.5 * (tf.square(z) + LOG_2_PI)
 
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

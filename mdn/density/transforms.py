@@ -177,7 +177,7 @@ def _describe_bijector(bijector: tfb.Bijector) -> dict[str, Any]:
                 f"target_transform={kind.__name__}: a saved model could not find it again; "
                 "decorate it with tf_keras.saving.register_keras_serializable()"
             )
-        return {"name": name, **getattr(bijector, "get_config")()}
+        return {"name": name, **bijector.get_config()}
     defaults = {key: p.default for key, p in inspect.signature(kind.__init__).parameters.items()}
     options = {
         key: _plain(value, name)
@@ -252,11 +252,11 @@ def _make_named(name: str, options: dict[str, Any], dtype: str) -> tfb.Bijector:
     kind = getattr(tfb, name, None) or tf_keras.saving.get_registered_object(name)
     if not (inspect.isclass(kind) and issubclass(kind, tfb.Bijector)):
         raise ConfigError(
-            f"target_transform={name} is unknown: choose one of {', '.join(NAMED)}, or the name of "
-            "a class of tfp.bijectors such as Softplus"
+            f"target_transform={name} is unknown: choose one of {', '.join(NAMED)}, or the name "
+            "of a class of tfp.bijectors such as Softplus"
         )
     try:
-        bijector = kind(**{key: _revive(value, dtype) for key, value in options.items()})
+        bijector: Any = kind(**{key: _revive(value, dtype) for key, value in options.items()})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"target_transform={name}: {' '.join(str(error).split())}") from error
     numbers = bijector.forward_min_event_ndims == bijector.inverse_min_event_ndims == 0
@@ -313,8 +313,8 @@ def check_domain(
     row, *_, i = (int(index) for index in np.argwhere(bad)[0])
     name, options = of_target(specification, i)
     label = f"target {names[i]!r}" if names else f"target {i}"
-    domain = NAMED[name][1] if name in NAMED else f"a value of the {name}"
-    for key, value in {**NAMED.get(name, ({}, ""))[0], **options}.items():
+    defaults, domain = NAMED.get(str(name), ({}, f"a value of the {name}"))
+    for key, value in {**defaults, **options}.items():
         domain = domain.replace(key, f"{key}={value}")
     raise DataError(
         f"{label} is {y[bad][0]:.6g} in row {row}: with target_transform={name} it must be "
