@@ -218,9 +218,8 @@ class Head(tfp.layers.DistributionLambda):
         Returns:
             [M, B], nats.
         """
-        log_slope = tf.constant(0.0, self.dtype)
         if self._bijector is not None:
-            y, log_slope, _ = to_base(self._bijector, y)
+            y, log_slope, inside = to_base(self._bijector, y)
         k, d = self.components, self.event_size
         m, n = params.shape[0], tf.shape(params)[2]
         sizes = {name: math.prod(shape) for name, shape in self.layout.items()}
@@ -242,7 +241,10 @@ class Head(tfp.layers.DistributionLambda):
             log_prob -= tf.reduce_logsumexp(logits, axis=1)
         else:
             log_prob = log_prob[:, 0]
-        return log_prob + log_slope - tf.reduce_sum(tf.math.log(self.y_scale))
+        log_prob -= tf.reduce_sum(tf.math.log(self.y_scale))
+        if self._bijector is None:
+            return log_prob
+        return tf.where(inside, log_prob + log_slope, tf.constant(-math.inf, self.dtype))
 
     def _packed_log_prob(self, residual: tf.Tensor, parts: dict[str, tf.Tensor]) -> tf.Tensor:
         """Return the log densities, [K, B], of residuals [K, D, B] in standardised units.

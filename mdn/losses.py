@@ -334,11 +334,11 @@ def get(loss: Any, grid: Sequence[float] | None = None) -> Loss:
         raise ConfigError(f"loss={name!r} is unknown: choose one of {', '.join(LOSSES)}")
     if name == "interval_nll" and options.get("step") is None:
         if grid is None or not np.all(np.asarray(grid) > 0.0):
-            found = "not known yet" if grid is None else f"{np.asarray(grid).tolist()}"
-            raise ConfigError(
-                f"loss=interval_nll: the steps of the targets' grids are {found}: adapt the model "
-                "first, or give {name: interval_nll, step: 1.0} (one for each target: a list)"
-            )
+            remedy = "give loss={name: interval_nll, step: 1.0}, or a list of steps"
+            if grid is None:
+                raise ConfigError(f"loss=interval_nll: adapt the model first, or {remedy}")
+            free = [i for i, step in enumerate(grid) if not step > 0.0]
+            raise ConfigError(f"loss=interval_nll: target {free[0]} is on no grid; {remedy}")
         options["step"] = grid
     try:
         return LOSSES[name](**options)

@@ -39,6 +39,8 @@ CASES = {
     "tril": (lambda: (heads.TriL(2), backbones.ResNet(8, 2, dropout=0.2)), X, MISSING),
     "mixture": (lambda: (heads.Mixture(2, 2), backbones.MLP([8], "relu", 0.3, True)), X, Y),
     "mixture_diag": (lambda: (heads.MixtureDiag(2, 2), backbones.Constant()), X, MISSING),
+    "precision": (lambda: (heads.MixturePrecision(2, 2), backbones.MLP([8])), X, Y),
+    "low_rank": (lambda: (heads.MixtureLowRank(2, 2, rank=1), backbones.MLP([8])), X, Y),
     "no_norm": (lambda: (heads.TriL(2), backbones.ResNet(8, 1, layer_norm=False)), X, Y),
     "sequence": (lambda: (heads.Mixture(2, 2), backbones.MLP([8])), STEPS, STEPS_Y),
     "columns": (lambda: (heads.Mixture(2, 2), backbones.MLP([8])), COLUMNS, Y),
@@ -414,6 +416,8 @@ def test_mistakes_in_python():
         Ensemble(member, members=0)
     with pytest.raises(ConfigError, match="Sequential cannot be stacked"):
         Ensemble(mdn.MDN(heads.Diag(2), tf_keras.Sequential()))
+    with pytest.raises(ConfigError, match="target_transform=log: an ensemble has none"):
+        Ensemble(mdn.MDN(heads.Diag(2, target_transform="log"), backbones.MLP([8])))
     model = Ensemble(member, members=2)
     with pytest.raises(ConfigError, match="set global_clipnorm to null"):
         model.compile(tf_keras.optimizers.SGD(global_clipnorm=1.0))

@@ -125,6 +125,10 @@ def test_the_training_path_equals_the_density(kind, transform):
     hidden = tf.constant(rng.normal(size=[50, 3]))
     density = head(hidden)
     np.testing.assert_allclose(head.log_prob(hidden, tf.constant(y)), density.log_prob(y))
+    y[3, 0] = -1.0  # a row of a stream that nobody looked at before
+    outside = head.log_prob(hidden, tf.constant(y)).numpy()
+    np.testing.assert_allclose(outside, density.log_prob(y))
+    assert list(np.flatnonzero(outside == -np.inf)) == [3]
     params = tf.constant(rng.normal(size=[5, head.params_size]))
     again = head.parameters(head.distribution(params))
     np.testing.assert_allclose(again, params, rtol=1e-7, atol=1e-7)
