@@ -15,6 +15,8 @@ import tf_keras
 
 from mdn.density import MultivariateNormalDiag
 from mdn.density.interval import log_cell
+from mdn.density.univariate import Margins
+from mdn.density.univariate import crps as margin_crps
 from mdn.errors import ConfigError, DataError
 
 Loss = Callable[[tf.Tensor, Any], tf.Tensor]
@@ -64,44 +66,13 @@ def crps(y: tf.Tensor, density: Any) -> tf.Tensor:
         variables and its application to mesoscale forecast ensemble verification, QJRMS 132.
     """
     y = _targets(y, density)
-    logits, loc, scale_tril = density.mixture_parameters()
     missing = tf.math.is_nan(y)
-    score = _normal_mixture_crps(
-        tf.where(missing, tf.zeros_like(y), y),
-        tf.nn.softmax(logits)[..., tf.newaxis, :],  # [.., 1, K]
-        tf.linalg.matrix_transpose(loc),  # [.., D, K]
-        tf.linalg.matrix_transpose(tf.norm(scale_tril, axis=-1)),
-    )
+    margins = Margins.of(density.mixture_parameters())
+    score = margin_crps(margins, tf.where(missing, tf.zeros_like(y), y))
     present = tf.cast(~missing, score.dtype)
     return tf.math.divide_no_nan(
         tf.reduce_sum(present * score, axis=-1), tf.reduce_sum(present, axis=-1)
     )
-
-
-def _normal_mixture_crps(
-    y: tf.Tensor, weight: tf.Tensor, loc: tf.Tensor, scale: tf.Tensor
-) -> tf.Tensor:
-    """Return the CRPS, [..], of y [..] under mixtures of normals with parameters [.., K]."""
-
-    def distance(loc: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
-        """Return E|X| of normal X."""
-        z = loc / scale
-        bell = math.sqrt(2.0 / math.pi) * tf.math.exp(-0.5 * tf.square(z))
-        return scale * bell + loc * tf.math.erf(z * math.sqrt(0.5))
-
-    to_y = tf.reduce_sum(weight * distance(y[..., tf.newaxis] - loc, scale), axis=-1)
-    between = distance(
-        loc[..., tf.newaxis] - loc[..., tf.newaxis, :],
-        # As a hypotenuse, whose squares neither overflow nor vanish.
-        _hypotenuse(scale[..., tf.newaxis], scale[..., tf.newaxis, :]),
-    )  # [.., K, K]
-    pairs = weight[..., tf.newaxis] * weight[..., tf.newaxis, :] * between
-    return to_y - 0.5 * tf.reduce_sum(pairs, axis=[-2, -1])
-
-
-def _hypotenuse(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    longer = tf.maximum(a, b)
-    return longer * tf.sqrt(tf.square(a / longer) + tf.square(b / longer))
 
 
 @register
@@ -157,12 +128,14 @@ class Energy:
         some = tf.reduce_any(~missing, axis=-1)  # [.., 1]
         spread = tf.norm(tf.einsum("...sd,...kde->...ske", direction, scale_tril), axis=-1)
         known = tf.where(missing[..., 0, :], tf.zeros_like(y), y)
-        score = _normal_mixture_crps(
-            tf.einsum("...sd,...d->...s", direction, known),
-            tf.nn.softmax(logits)[..., tf.newaxis, :],  # [.., 1, K]
+        projections = Margins(
+            tf.nn.log_softmax(logits)[..., tf.newaxis, :],
             tf.einsum("...sd,...kd->...sk", direction, loc),
             # A row without targets has no direction, and no score.
             tf.where(some[..., tf.newaxis], spread, tf.ones_like(spread)),
+        )
+        score = margin_crps(
+            projections, tf.einsum("...sd,...d->...s", direction, known)
         )  # [.., S]
         observed = tf.reduce_sum(tf.cast(~missing[..., 0, :], y.dtype), axis=-1)
         # One over the mean length of a projection of a unit vector.

@@ -3,8 +3,8 @@
 from mdn.density.low_rank import LowRankGaussianMixture, MultivariateNormalLowRank
 from mdn.density.mixture import DiagGaussianMixture, GaussianMixture, mixture_of
 from mdn.density.normal import MultivariateNormalDiag, MultivariateNormalTriL
+from mdn.density.parameters import MixtureParameters
 from mdn.density.precision import MultivariateNormalPrecision, PrecisionGaussianMixture
-from mdn.density.queries import MixtureParameters
 from mdn.density.transformed import Transformed
 
 __all__ = [

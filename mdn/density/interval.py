@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 import tensorflow as tf
-from tensorflow_probability.python.internal import special_math
 
 from mdn.density.gaussian import LOG_2_PI
 from mdn.density.mixture import DiagGaussianMixture
 from mdn.density.normal import MultivariateNormalDiag
 from mdn.density.queries import Queries
+from mdn.density.univariate import log_ndtr
 from mdn.errors import ConfigError
 
 # Intervals over which a density changes by less than a factor of e or so: for these, 8 nodes are
@@ -50,21 +50,12 @@ def log_interval(middle: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
     distance = tf.clip_by_value(tf.where(narrow, one, distance), 0.0, _FARTHEST)
     width = tf.clip_by_value(tf.where(narrow, one, width), 0.0, _FARTHEST)
     near, far = 0.5 * width - distance, -0.5 * width - distance  # Phi(near) - Phi(far)
-    log_near, log_far = _log_ndtr(near), _log_ndtr(far)
+    log_near, log_far = log_ndtr(near), log_ndtr(far)
     # log Phi falls at least as fast as -x^2 / 2, also where rounding says that it does not; and
     # beyond 80 there is no digit left of the further tail.
     gap = tf.maximum(log_near - log_far, distance * width)
     gap = tf.minimum(gap, 80.0 * one)
     return tf.where(narrow, integral, log_near + tf.math.log(-tf.math.expm1(-gap)))
-
-
-def _log_ndtr(x: tf.Tensor) -> tf.Tensor:
-    """Return log Phi(x), also where the gradient of TFP's is not finite."""
-    inner = special_math.log_ndtr(tf.clip_by_value(x, -1e3, 40.0))
-    outer = tf.minimum(x, -1e3)
-    # Of the asymptotic series, whose next term is -1 / x^2.
-    tail = -0.5 * (tf.square(outer) + LOG_2_PI) - tf.math.log(-outer)
-    return tf.where(x < -1e3, tail, inner)
 
 
 def log_cell(density: Queries, y: tf.Tensor, step: tf.Tensor) -> tf.Tensor:

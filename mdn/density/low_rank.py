@@ -27,8 +27,9 @@ from tensorflow_probability.python.internal import dtype_util, parameter_propert
 from mdn.density.gaussian import LOG_2_PI
 from mdn.density.mixture import GaussianMixture
 from mdn.density.normal import one_component
+from mdn.density.parameters import MixtureParameters
 from mdn.density.precision import lower_factor
-from mdn.density.queries import MixtureParameters, Queries, check_event
+from mdn.density.queries import Queries, check_event
 
 
 def low_rank_log_prob(

@@ -15,7 +15,8 @@ from tensorflow_probability.python.distributions import kullback_leibler
 from tensorflow_probability.python.internal import dtype_util, parameter_properties
 
 from mdn.density.normal import MultivariateNormalDiag, MultivariateNormalTriL
-from mdn.density.queries import MixtureParameters, Queries
+from mdn.density.parameters import MixtureParameters
+from mdn.density.queries import Queries
 
 
 class GaussianMixture(Queries, tfd.MixtureSameFamily):

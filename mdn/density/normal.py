@@ -6,7 +6,8 @@ import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
 from mdn.density.gaussian import diag_log_prob, tril_log_prob
-from mdn.density.queries import MixtureParameters, Queries, check_event
+from mdn.density.parameters import MixtureParameters
+from mdn.density.queries import Queries, check_event
 
 
 class MultivariateNormalDiag(Queries, tfd.MultivariateNormalDiag):

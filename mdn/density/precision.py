@@ -19,7 +19,8 @@ from tensorflow_probability.python.internal import dtype_util, parameter_propert
 from mdn.density.gaussian import LOG_2_PI, diag_log_prob
 from mdn.density.mixture import GaussianMixture
 from mdn.density.normal import one_component
-from mdn.density.queries import MixtureParameters, Queries, check_event
+from mdn.density.parameters import MixtureParameters
+from mdn.density.queries import Queries, check_event
 
 
 def precision_log_prob(

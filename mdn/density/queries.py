@@ -5,26 +5,14 @@ Shape letters: B batch, D event size, K components.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from mdn.density import univariate
+from mdn.density.parameters import MixtureParameters
 from mdn.errors import DataError
-
-
-class MixtureParameters(NamedTuple):
-    """A density seen as a Gaussian mixture; a normal is a mixture with K = 1.
-
-    Attributes:
-        logits: [.., K], unnormalised log weights.
-        loc: [.., K, D], component means.
-        scale_tril: [.., K, D, D], Cholesky factors of the component covariances.
-    """
-
-    logits: tf.Tensor
-    loc: tf.Tensor
-    scale_tril: tf.Tensor
 
 
 def draw(parameters: MixtureParameters, n: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -69,6 +57,7 @@ class Queries:
     """Mixed into a TFP distribution; as a tensor the distribution is its mean."""
 
     log_prob: Any
+    quantile: Any
     mean: Any
     covariance: Any
     dtype: Any
@@ -84,6 +73,65 @@ class Queries:
     def tensors(self) -> dict[str, tf.Tensor]:
         """Return the tensors that the constructor takes, by name: `type(d)(**d.tensors())`."""
         return {name: getattr(self, name) for name in self.parameter_properties()}
+
+    # ------------------------------------------------------------------ margins
+    #
+    # Each target by itself, in the shape of y: for D = 1 that is the distribution function. TFP's
+    # `cdf`, `log_cdf`, `survival_function`, `log_survival_function` and `quantile` call these;
+    # those of several targets at once have no closed form.
+
+    def _margins(self) -> univariate.Margins:
+        return univariate.Margins.of(self.mixture_parameters())
+
+    def _cdf(self, y: tf.Tensor) -> tf.Tensor:
+        """Return P(Y_d <= y_d) of each target, [.., D]."""
+        return univariate.cdf(self._margins(), y)
+
+    def _log_cdf(self, y: tf.Tensor) -> tf.Tensor:
+        """Return log P(Y_d <= y_d) of each target, [.., D]."""
+        return univariate.log_cdf(self._margins(), y)
+
+    def _survival_function(self, y: tf.Tensor) -> tf.Tensor:
+        """Return P(Y_d > y_d) of each target, [.., D]."""
+        return univariate.survival(self._margins(), y)
+
+    def _log_survival_function(self, y: tf.Tensor) -> tf.Tensor:
+        """Return log P(Y_d > y_d) of each target, [.., D]."""
+        return univariate.log_survival(self._margins(), y)
+
+    def _quantile(self, probability: tf.Tensor) -> tf.Tensor:
+        """Return the quantiles of each target, [*S, .., D], of probabilities [*S]."""
+        return univariate.quantile(self._margins(), probability)
+
+    def interval(self, level: float | tf.Tensor) -> tf.Tensor:
+        """Return the central intervals of each target.
+
+        Args:
+            level: a number in (0, 1): the probability of the interval.
+
+        Returns:
+            [.., D, 2], the lower and the upper end, with (1 - level) / 2 beyond each.
+        """
+        tail = 0.5 * (1.0 - tf.convert_to_tensor(level, self.dtype))
+        ends = self.quantile(tf.stack([tail, 1.0 - tail]))  # [2, .., D]
+        return tf.stack(tf.unstack(ends), axis=-1)
+
+    def crps(self, y: Any) -> tf.Tensor:
+        """Return the continuous ranked probability score of each target, in closed form.
+
+        Args:
+            y: [.., D]; NaN marks a missing entry.
+
+        Returns:
+            [.., D], in the units of y; NaN where y is.
+
+        Source:
+            Gneiting and Raftery (2007), Strictly proper scoring rules, prediction, and
+            estimation, JASA 102.
+        """
+        y = tf.convert_to_tensor(y, self.dtype)
+        check_event(y, self.event_shape[-1])
+        return univariate.crps(self._margins(), y)
 
     # A deterministic answer wherever TensorFlow or NumPy wants a tensor, never a random draw.
     def __tf_tensor__(self, dtype: tf.DType | None = None, name: str | None = None) -> tf.Tensor:

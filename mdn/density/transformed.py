@@ -14,7 +14,8 @@ import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
-from mdn.density.queries import MixtureParameters, Queries, check_event, draw
+from mdn.density.parameters import MixtureParameters
+from mdn.density.queries import Queries, check_event, draw
 from mdn.errors import ConfigError
 
 # Of the Gauss-Hermite rule, exact for polynomials of degree 127.
@@ -72,13 +73,22 @@ class Transformed(Queries, tfd.TransformedDistribution):
         values = tf.einsum("s,...skd->...kd", weights, function(u))
         return tf.einsum("...k,...kd->...d", tf.nn.softmax(logits), values)
 
-    def cdf(self, y: Any, **kwargs: Any) -> tf.Tensor:
-        """Return what `distribution.cdf` says of the transformed y."""
-        return self.distribution.cdf(self.bijector.inverse(y), **kwargs)
+    # As the transform increases, those of `distribution` at the transformed y.
 
-    def quantile(self, value: Any, **kwargs: Any) -> tf.Tensor:
-        """Return the quantiles of `distribution`, back in the units of y."""
-        return self.bijector.forward(self.distribution.quantile(value, **kwargs))
+    def _cdf(self, y: tf.Tensor) -> tf.Tensor:
+        return self.distribution.cdf(self.bijector.inverse(y))
+
+    def _log_cdf(self, y: tf.Tensor) -> tf.Tensor:
+        return self.distribution.log_cdf(self.bijector.inverse(y))
+
+    def _survival_function(self, y: tf.Tensor) -> tf.Tensor:
+        return self.distribution.survival_function(self.bijector.inverse(y))
+
+    def _log_survival_function(self, y: tf.Tensor) -> tf.Tensor:
+        return self.distribution.log_survival_function(self.bijector.inverse(y))
+
+    def _quantile(self, probability: tf.Tensor) -> tf.Tensor:
+        return self.bijector.forward(self.distribution.quantile(probability))
 
     def mixture_parameters(self) -> MixtureParameters:
         """Raise: the density is no Gaussian mixture in the units of y.

@@ -1,0 +1,227 @@
+"""Margins of Gaussian mixtures: distribution functions, quantiles, and the CRPS.
+
+The margin of one target is a mixture of K normals on a line. All functions keep their digits in
+both tails: what is small is computed as it is, and not as one minus what is not.
+
+Shape letters: D event size, K components.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tensorflow_probability.python.internal import special_math
+
+from mdn.density.gaussian import LOG_2_PI
+from mdn.density.parameters import MixtureParameters
+
+_STEPS = 200  # of the search: a bracket from 1e-38 to 1e38 is halved 190 times in float32
+
+
+class Margins(NamedTuple):
+    """D mixtures of K normals on a line.
+
+    Attributes:
+        log_weight: [.., 1, K], normalised.
+        loc: [.., D, K].
+        scale: [.., D, K], standard deviations.
+    """
+
+    log_weight: tf.Tensor
+    loc: tf.Tensor
+    scale: tf.Tensor
+
+    @classmethod
+    def of(cls, parameters: MixtureParameters) -> Margins:
+        """Return the margins of a mixture with batch [..]."""
+        # The largest entry is taken out, as squares of large ones are infinite.
+        factor = tf.abs(parameters.scale_tril)
+        largest = tf.reduce_max(factor, axis=-1, keepdims=True)
+        scale = largest[..., 0] * tf.norm(parameters.scale_tril / largest, axis=-1)
+        return cls(
+            tf.nn.log_softmax(parameters.logits)[..., tf.newaxis, :],
+            tf.linalg.matrix_transpose(parameters.loc),
+            tf.linalg.matrix_transpose(scale),
+        )
+
+
+def log_cdf(margins: Margins, y: tf.Tensor) -> tf.Tensor:
+    """Return log P(Y_d <= y_d), [.., D], of y [.., D]; NaN where y is."""
+    return _log_mix(margins, log_ndtr(_standard(margins, y)))
+
+
+def log_survival(margins: Margins, y: tf.Tensor) -> tf.Tensor:
+    """Return log P(Y_d > y_d), [.., D], of y [.., D]; NaN where y is."""
+    return _log_mix(margins, log_ndtr(-_standard(margins, y)))
+
+
+def log_density(margins: Margins, y: tf.Tensor) -> tf.Tensor:
+    """Return the log densities of the margins, [.., D], of y [.., D]."""
+    z = _standard(margins, y)
+    return _log_mix(margins, -0.5 * (tf.square(z) + LOG_2_PI) - tf.math.log(margins.scale))
+
+
+def cdf(margins: Margins, y: tf.Tensor) -> tf.Tensor:
+    """Return P(Y_d <= y_d), [.., D], of y [.., D]; NaN where y is."""
+    return _mix(margins, special_math.ndtr(_standard(margins, y)))
+
+
+def survival(margins: Margins, y: tf.Tensor) -> tf.Tensor:
+    """Return P(Y_d > y_d), [.., D], of y [.., D]; NaN where y is."""
+    return _mix(margins, special_math.ndtr(-_standard(margins, y)))
+
+
+def quantile(margins: Margins, probability: tf.Tensor) -> tf.Tensor:
+    """Return the y with P(Y_d <= y_d) = probability.
+
+    The quantile of a mixture lies between the smallest and the largest of its components'. From
+    there Newton's steps on the log of the nearer tail are taken, and the bracket is halved
+    wherever they leave it or do not halve it: the search ends at the rounding of the dtype also
+    where components are far apart. The gradient is that of the implicit function: it does not go
+    through the search.
+
+    Args:
+        margins: of a mixture with batch [..].
+        probability: [*S], in [0, 1].
+
+    Returns:
+        [*S, .., D]; infinite for 0 and 1, NaN outside of [0, 1].
+    """
+    dtype = margins.loc.dtype
+    given = tf.convert_to_tensor(probability, dtype)
+    shape = tf.concat([tf.shape(given), tf.ones([tf.rank(margins.loc) - 1], tf.int32)], axis=0)
+    p = tf.reshape(given, shape)
+    inside = (p > 0.0) & (p < 1.0)
+    safe = tf.where(inside, p, tf.constant(0.5, dtype))
+    frozen = Margins(*(tf.stop_gradient(part) for part in margins))
+    y = tf.stop_gradient(_search(frozen, tf.stop_gradient(safe)))
+    # y as a function of p and of the parameters: one step of Newton's, whose value is zero.
+    lower = safe <= 0.5
+    tail = tf.where(lower, log_cdf(margins, y), log_survival(margins, y))
+    target = tf.where(lower, tf.math.log(safe), tf.math.log1p(-safe))
+    # Where nothing is between components far apart, the slope has no bound.
+    slope = tf.exp(tf.minimum(tail - log_density(margins, y), 60.0))
+    step = tf.where(lower, target - tail, tail - target) * tf.stop_gradient(slope)
+    y += step - tf.stop_gradient(step)
+    edge = tf.where(p == 0.0, tf.constant(-math.inf, dtype), tf.constant(math.inf, dtype))
+    outside = tf.where((p == 0.0) | (p == 1.0), edge, tf.constant(math.nan, dtype))
+    return tf.where(inside, y, outside)
+
+
+def _search(margins: Margins, p: tf.Tensor) -> tf.Tensor:
+    """Return the quantiles of p [.., 1], which broadcasts with the margins [.., D]."""
+    dtype = p.dtype
+    lower = p <= 0.5
+    component = margins.loc + margins.scale * tf.math.ndtri(p)[..., tf.newaxis]  # [.., D, K]
+    present = margins.log_weight > math.log(
+        np.finfo(dtype.as_numpy_dtype).tiny
+    )  # others reach no tail that counts
+    infinity = tf.constant(math.inf, dtype)
+    low = tf.reduce_min(tf.where(present, component, infinity), axis=-1)  # [.., D]
+    high = tf.reduce_max(tf.where(present, component, -infinity), axis=-1)
+    epsilon = tf.constant(2.0 * np.finfo(dtype.as_numpy_dtype).eps, dtype)
+
+    sign = tf.where(lower, tf.ones_like(p), -tf.ones_like(p))
+    share = tf.exp(margins.log_weight)
+    height = share / (margins.scale * math.sqrt(2.0 * math.pi))
+    near = tf.where(lower, p, 1.0 - p)
+
+    def above(y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return how far y's log tail is above that of the quantile, and Newton's step to it."""
+        z = _standard(margins, y)
+        # No logs of each component, which take most of the time: a tail that underflows is far
+        # from the quantile, and the bracket is halved.
+        beyond = tf.math.erfc(-math.sqrt(0.5) * sign[..., tf.newaxis] * z)
+        tail = tf.reduce_sum(0.5 * share * beyond, axis=-1)
+        density = tf.reduce_sum(height * tf.exp(-0.5 * tf.square(z)), axis=-1)
+        excess = sign * tf.math.log(tail / near)
+        return excess, -excess * tail / density
+
+    def unfinished(i: tf.Tensor, y: tf.Tensor, low: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
+        return (i < _STEPS) & tf.reduce_any(~rest[-1])
+
+    def improve(
+        i: tf.Tensor,
+        y: tf.Tensor,
+        low: tf.Tensor,
+        high: tf.Tensor,
+        width: tf.Tensor,
+        done: tf.Tensor,
+    ) -> tuple[tf.Tensor, ...]:
+        excess, step = above(y)
+        low = tf.where(excess < 0.0, tf.maximum(low, y), low)
+        high = tf.where(excess > 0.0, tf.minimum(high, y), high)
+        newton = y + step
+        useful = (newton > low) & (newton < high) & (tf.abs(step) < 0.5 * width)
+        # Halves first: their sum may overflow.
+        following = tf.where(useful, newton, 0.5 * low + 0.5 * high)
+        moved = tf.abs(following - y)
+        small = epsilon * tf.abs(y)
+        now = done | (excess == 0.0) | (moved <= small) | (high - low <= small)
+        return i + 1, tf.where(done | (excess == 0.0), y, following), low, high, moved, now
+
+    start = 0.5 * low + 0.5 * high
+    done = tf.zeros_like(start, tf.bool)
+    state = (tf.constant(0), start, low, high, high - low, done)
+    return tf.while_loop(unfinished, improve, state)[1]
+
+
+def crps(margins: Margins, y: tf.Tensor) -> tf.Tensor:
+    """Return the continuous ranked probability score of each margin, in closed form.
+
+    Args:
+        margins: of a mixture with batch [..].
+        y: [.., D].
+
+    Returns:
+        [.., D], in the units of y; NaN where y is.
+
+    Source:
+        Grimit et al. (2006), The continuous ranked probability score for circular variables and
+        its application to mesoscale forecast ensemble verification, QJRMS 132.
+    """
+    weight = tf.exp(margins.log_weight)  # [.., 1, K]
+    to_y = tf.reduce_sum(
+        weight * _mean_distance(y[..., tf.newaxis] - margins.loc, margins.scale), axis=-1
+    )
+    a, b = margins.scale[..., tf.newaxis], margins.scale[..., tf.newaxis, :]
+    longer = tf.maximum(a, b)
+    between = _mean_distance(
+        margins.loc[..., tf.newaxis] - margins.loc[..., tf.newaxis, :],
+        # As a hypotenuse, whose squares neither overflow nor vanish.
+        longer * tf.sqrt(tf.square(a / longer) + tf.square(b / longer)),
+    )  # [.., D, K, K]
+    pairs = weight[..., tf.newaxis] * weight[..., tf.newaxis, :] * between
+    return to_y - 0.5 * tf.reduce_sum(pairs, axis=[-2, -1])
+
+
+def _mean_distance(loc: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """Return E|X| of X normal."""
+    z = loc / scale
+    bell = math.sqrt(2.0 / math.pi) * tf.exp(-0.5 * tf.square(z))
+    return scale * bell + loc * tf.math.erf(z * math.sqrt(0.5))
+
+
+def _standard(margins: Margins, y: tf.Tensor) -> tf.Tensor:
+    """Return y in each component's units, [.., D, K]."""
+    return (y[..., tf.newaxis] - margins.loc) / margins.scale
+
+
+def _mix(margins: Margins, values: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(tf.exp(margins.log_weight) * values, axis=-1)
+
+
+def _log_mix(margins: Margins, values: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_logsumexp(margins.log_weight + values, axis=-1)
+
+
+def log_ndtr(x: tf.Tensor) -> tf.Tensor:
+    """Return log Phi(x), also where the gradient of TFP's is not finite."""
+    inner = special_math.log_ndtr(tf.clip_by_value(x, -1e3, 40.0))
+    outer = tf.minimum(x, -1e3)
+    # Of the asymptotic series, whose next term is -1 / x^2.
+    tail = -0.5 * (tf.square(outer) + LOG_2_PI) - tf.math.log(-outer)
+    return tf.where(x < -1e3, tail, inner)
