@@ -157,19 +157,37 @@ def _marginal_log_prob(
     residuals are whitened on the way. The covariance itself, whose condition number is the square
     of the factor's, is never formed. A missing row has length one, and no part in the rest.
     """
+    z, length = whiten_observed(residual, missing, scale_tril)
+    terms = -0.5 * (tf.square(z) + LOG_2_PI) - tf.math.log(length)
+    return tf.reduce_sum(tf.where(missing, tf.zeros_like(terms), terms), axis=-1)
+
+
+def whiten_observed(
+    residual: tf.Tensor, missing: tf.Tensor, scale_tril: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return each residual given the observed ones before it: z in units of its length.
+
+    Args:
+        residual: [.., D], zero where missing.
+        missing: [.., D], bool.
+        scale_tril: [.., D, D], of the same batch.
+
+    Returns:
+        z and length, [.., D] each. A missing entry has length one.
+    """
     missing = tf.stop_gradient(missing)
     rows = tf.where(missing[..., tf.newaxis], tf.zeros_like(scale_tril), scale_tril)
     rows = tf.linalg.band_part(rows, -1, 0)  # [.., D, D]
-    terms = []
+    found, lengths = [], []
     for i in range(scale_tril.shape[-1]):
         absent = missing[..., i]  # [..]
         one = tf.ones_like(rows[..., 0, 0])
         length = tf.sqrt(tf.where(absent, one, tf.reduce_sum(tf.square(rows[..., 0, :]), axis=-1)))
         direction = rows[..., 0, :] / length[..., tf.newaxis]  # [.., D]
         z = residual[..., 0] / length
-        term = -0.5 * (tf.square(z) + LOG_2_PI) - tf.math.log(length)
-        terms.append(tf.where(absent, tf.zeros_like(term), term))
+        found.append(z)
+        lengths.append(length)
         share = tf.linalg.matvec(rows[..., 1:, :], direction)  # [.., D - i - 1]
         rows = rows[..., 1:, :] - share[..., tf.newaxis] * direction[..., tf.newaxis, :]
         residual = residual[..., 1:] - share * z[..., tf.newaxis]
-    return tf.add_n(terms)
+    return tf.stack(found, axis=-1), tf.stack(lengths, axis=-1)

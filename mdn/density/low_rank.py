@@ -24,11 +24,11 @@ import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 from tensorflow_probability.python.internal import dtype_util, parameter_properties
 
+from mdn.density.factors import lower_factor
 from mdn.density.gaussian import LOG_2_PI
 from mdn.density.mixture import GaussianMixture
 from mdn.density.normal import one_component
 from mdn.density.parameters import MixtureParameters
-from mdn.density.precision import lower_factor
 from mdn.density.queries import Queries, check_event
 
 

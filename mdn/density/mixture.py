@@ -156,6 +156,8 @@ class DiagGaussianMixture(GaussianMixture):
         name: prefix of the operations.
     """
 
+    diagonal = True
+
     def __init__(
         self,
         logits: Any,
@@ -186,26 +188,41 @@ class DiagGaussianMixture(GaussianMixture):
         return tf.linalg.diag(self.scale_diag)
 
 
-def mixture_of(densities: Queries | Sequence[Queries]) -> GaussianMixture:
-    """Return the mixture of M densities in equal shares.
+def mixture_of(
+    densities: Queries | Sequence[Queries], weights: Sequence[float] | tf.Tensor | None = None
+) -> GaussianMixture:
+    """Return the mixture of M densities, in equal shares if no others are given.
 
     Args:
-        densities: normals or mixtures of one type and K, batch [..] each; or one density with
-            batch [M, ..], which holds them all.
+        densities: normals or mixtures of any types and K, whose batches broadcast to [..]; or one
+            density with batch [M, ..], which holds them all.
+        weights: M positive numbers, or [M, ..]; they are normalised.
 
     Returns:
-        Batch [..], M K components (K = 1 of a normal), a density's beside each other; of diagonal
-        densities a `DiagGaussianMixture`.
+        Batch [..], and the components of all (K = 1 of a normal), a density's beside each other;
+        of diagonal densities a `DiagGaussianMixture`.
+
+    Raises:
+        DataError: there are no densities, they have different targets, or not M weights.
     """
     if isinstance(densities, Queries):
-        logits, loc, scale = _as_mixture(densities)
+        parts, kinds = _as_mixture(densities), [densities]
+        tensors = [parts[0], parts[1], parts[2]]
     else:
-        parts = [_as_mixture(density) for density in densities]
-        logits, loc, scale = (tf.stack(part) for part in zip(*parts, strict=True))
-    first = densities if isinstance(densities, Queries) else densities[0]
-    logits = tf.nn.log_softmax(logits) - math.log(logits.shape[0])
-    diagonal = isinstance(first, MultivariateNormalDiag | DiagGaussianMixture)
-    kind = DiagGaussianMixture if diagonal else GaussianMixture
+        tensors, kinds = [], list(densities)
+        _check_alike(kinds)
+        parameters = [_as_mixture(density) for density in kinds]
+        alike = len({tuple(map(str, (t.shape for t in part))) for part in parameters}) == 1
+        if not alike or len({density.diagonal for density in kinds}) > 1:
+            return _mixture_of_unlike(kinds, weights)
+        tensors = [tf.stack(part) for part in zip(*parameters, strict=True)]
+    logits, loc, scale = tensors
+    members, k = logits.shape[0], logits.shape[-1]
+    if weights is None:
+        logits = tf.nn.log_softmax(logits) - math.log(members)
+    else:
+        logits = tf.nn.log_softmax(logits) + _log_shares(weights, members, logits)
+    kind = DiagGaussianMixture if kinds[0].diagonal else GaussianMixture
     axis = logits.shape.rank - 2  # of M, once it stands before K
     return kind(*(_join_axes(t, axis) for t in (logits, loc, scale)))
 

@@ -18,6 +18,8 @@ class MultivariateNormalDiag(Queries, tfd.MultivariateNormalDiag):
         scale_diag: [.., D], the standard deviations.
     """
 
+    diagonal = True
+
     def _log_prob(self, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
         check_event(y, self.loc.shape[-1])
         return diag_log_prob(y, self.loc, self.scale_diag)

@@ -22,3 +22,22 @@ class MixtureParameters(NamedTuple):
     logits: tf.Tensor
     loc: tf.Tensor
     scale_tril: tf.Tensor
+
+
+def broadcast(parameters: MixtureParameters) -> MixtureParameters:
+    """Return the parameters with one batch shape, that of all three together."""
+    logits, loc, scale_tril = parameters
+    static = [logits.shape[:-1], loc.shape[:-2], scale_tril.shape[:-3]]
+    if static[0].is_fully_defined() and static[0] == static[1] == static[2]:
+        return parameters
+    shape = tf.broadcast_static_shape(tf.broadcast_static_shape(static[0], static[1]), static[2])
+    batch = tf.broadcast_dynamic_shape(
+        tf.broadcast_dynamic_shape(tf.shape(logits)[:-1], tf.shape(loc)[:-2]),
+        tf.shape(scale_tril)[:-3],
+    )
+    parts = []
+    for tensor, rank in ((logits, 1), (loc, 2), (scale_tril, 3)):
+        event = tensor.shape[-rank:]
+        part = tf.broadcast_to(tensor, tf.concat([batch, tf.shape(tensor)[-rank:]], axis=0))
+        parts.append(tf.ensure_shape(part, shape.concatenate(event)))
+    return MixtureParameters(*parts)

@@ -16,6 +16,7 @@ import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 from tensorflow_probability.python.internal import dtype_util, parameter_properties
 
+from mdn.density.factors import lower_factor
 from mdn.density.gaussian import LOG_2_PI, diag_log_prob
 from mdn.density.mixture import GaussianMixture
 from mdn.density.normal import one_component
@@ -125,20 +126,6 @@ def invert_factor(factor: tf.Tensor) -> tf.Tensor:
     eye = tf.eye(factor.shape[-1], dtype=factor.dtype)
     inverse = tf.linalg.triangular_solve(factor, tf.broadcast_to(eye, tf.shape(factor)))
     return lower_factor(inverse)
-
-
-def lower_factor(rows: tf.Tensor) -> tf.Tensor:
-    """Return the lower triangular L with L L^T = A^T A, by a QR decomposition of A.
-
-    Args:
-        rows: [.., N, D], A: of full rank, N >= D.
-
-    Returns:
-        [.., D, D], with a positive diagonal.
-    """
-    upper = tf.linalg.qr(rows).r  # [.., D, D]
-    sign = tf.where(tf.linalg.diag_part(upper) < 0.0, -tf.ones_like(upper[..., 0]), 1.0)
-    return tf.linalg.matrix_transpose(sign[..., tf.newaxis] * upper)
 
 
 class MultivariateNormalPrecision(Queries, tfd.MultivariateNormalLinearOperator):

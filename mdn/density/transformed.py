@@ -90,6 +90,9 @@ class Transformed(Queries, tfd.TransformedDistribution):
     def _quantile(self, probability: tf.Tensor) -> tf.Tensor:
         return self.bijector.forward(self.distribution.quantile(probability))
 
+    def _call_sample_n(self, sample_shape: Any, seed: Any, **kwargs: Any) -> tf.Tensor:
+        return self.bijector.forward(self.distribution.sample(sample_shape, seed, **kwargs))
+
     def mixture_parameters(self) -> MixtureParameters:
         """Raise: the density is no Gaussian mixture in the units of y.
 
@@ -100,6 +103,21 @@ class Transformed(Queries, tfd.TransformedDistribution):
             "the density of transformed targets is no Gaussian mixture in their units: ask "
             "density.distribution, which is one in transformed units, or draw samples"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Raise: a transform is no array.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "a density of transformed targets is not all arrays: use density.distribution.to_dict()"
+        )
+
+    def __repr__(self) -> str:
+        return f"{self.bijector.name} of targets of {self.distribution!r}"
+
+    __str__ = __repr__
 
     def tensors(self) -> dict[str, tf.Tensor]:
         """Return the tensors of `distribution`: `rebuilder(d)(**d.tensors())` is this density."""

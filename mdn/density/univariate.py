@@ -97,7 +97,7 @@ def quantile(margins: Margins, probability: tf.Tensor) -> tf.Tensor:
     inside = (p > 0.0) & (p < 1.0)
     safe = tf.where(inside, p, tf.constant(0.5, dtype))
     frozen = Margins(*(tf.stop_gradient(part) for part in margins))
-    y = tf.stop_gradient(_search(frozen, tf.stop_gradient(safe)))
+    y = tf.stop_gradient(search(frozen, tf.stop_gradient(safe)))
     # y as a function of p and of the parameters: one step of Newton's, whose value is zero.
     lower = safe <= 0.5
     tail = tf.where(lower, log_cdf(margins, y), log_survival(margins, y))
@@ -111,7 +111,7 @@ def quantile(margins: Margins, probability: tf.Tensor) -> tf.Tensor:
     return tf.where(inside, y, outside)
 
 
-def _search(margins: Margins, p: tf.Tensor) -> tf.Tensor:
+def search(margins: Margins, p: tf.Tensor) -> tf.Tensor:
     """Return the quantiles of p [.., 1], which broadcasts with the margins [.., D]."""
     dtype = p.dtype
     lower = p <= 0.5

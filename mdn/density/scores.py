@@ -1,0 +1,88 @@
+"""What an observed y is worth under a Gaussian mixture: its ranks, and its energy score.
+
+Shape letters: D event size, K components, S draws.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from tensorflow_probability.python.internal import special_math
+
+from mdn.density.draws import draw
+from mdn.density.gaussian import whiten_observed
+from mdn.density.parameters import MixtureParameters, broadcast
+
+# Standard deviations beyond which the square is no float32.
+_FARTHEST = 1e17
+
+
+def pit(parameters: MixtureParameters, y: tf.Tensor) -> tf.Tensor:
+    """Return P(Y_d <= y_d | Y_1 = y_1, .., Y_(d-1) = y_(d-1)) of each d: Rosenblatt's transform.
+
+    Args:
+        parameters: batch [..].
+        y: [.., D], NaN marks a missing entry: what comes after it is not conditioned on it.
+
+    Returns:
+        [.., D], independent and uniform if y has this density; NaN where y is.
+
+    Source:
+        Rosenblatt (1952), Remarks on a multivariate transformation, Annals of Mathematical
+        Statistics 23.
+    """
+    logits, loc, scale_tril = broadcast(parameters)
+    y = y[..., tf.newaxis, :]  # [.., 1, D]
+    missing = tf.math.is_nan(y)
+    residual = tf.where(missing, tf.zeros_like(y), y - loc)  # [.., K, D]
+    missing |= tf.zeros_like(residual, tf.bool)
+    factor = scale_tril + tf.zeros_like(residual)[..., tf.newaxis]
+    # A whole row is solved, which keeps the digits of a nearly singular factor.
+    z = tf.linalg.triangular_solve(factor, residual[..., tf.newaxis])[..., 0]
+    some, lengths = whiten_observed(residual, missing, factor)
+    incomplete = tf.reduce_any(missing, axis=-1, keepdims=True)
+    z = tf.where(incomplete, some, z)
+    lengths = tf.where(incomplete, lengths, tf.linalg.diag_part(factor))
+    near = tf.clip_by_value(z, -_FARTHEST, _FARTHEST)
+    terms = -0.5 * tf.square(near) - tf.math.log(lengths)
+    terms = tf.where(missing, tf.zeros_like(terms), terms)
+    before = tf.cumsum(terms, axis=-1, exclusive=True)  # [.., K, D]
+    log_weight = tf.nn.log_softmax(logits)[..., tf.newaxis]
+    weight = tf.nn.softmax(log_weight + before, axis=-2)
+    found = tf.reduce_sum(weight * special_math.ndtr(z), axis=-2)
+    return tf.where(missing[..., 0, :], tf.constant(float("nan"), found.dtype), found)
+
+
+def energy_score(
+    parameters: MixtureParameters, y: tf.Tensor, n: int, seed: tf.Tensor
+) -> tf.Tensor:
+    """Return an unbiased estimate of E|Y - y| - E|Y - Y'| / 2.
+
+    Args:
+        parameters: batch [..].
+        y: [.., D], NaN marks a missing entry, which is left out of the lengths.
+        n: draws of Y, at least two; each is compared with y and with the next.
+        seed: int32 [2].
+
+    Returns:
+        [..], in the units of y.
+
+    Source:
+        Gneiting and Raftery (2007), Strictly proper scoring rules, prediction, and estimation,
+        JASA 102.
+    """
+    draws = draw(parameters, tf.constant(n), seed)  # [S, .., D]
+    missing = tf.math.is_nan(y)
+
+    def distance(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+        apart = tf.abs(tf.where(missing, tf.zeros_like(a), a - b))
+        # As a hypotenuse, whose squares neither overflow nor vanish, with a gradient at zero.
+        largest = tf.stop_gradient(tf.reduce_max(apart, axis=-1, keepdims=True))
+        safe = tf.where(largest > 0.0, largest, tf.ones_like(largest))
+        squared = tf.reduce_sum(tf.square(apart / safe), axis=-1)
+        some = squared > 0.0
+        root = tf.sqrt(tf.where(some, squared, tf.ones_like(squared)))
+        return safe[..., 0] * tf.where(some, root, tf.zeros_like(root))
+
+    to_y = tf.reduce_mean(distance(draws, tf.where(missing, tf.zeros_like(y), y)), axis=0)
+    between = tf.reduce_mean(distance(draws, tf.roll(draws, 1, axis=0)), axis=0)
+    return to_y - 0.5 * between
