@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mdn import backbones, density, features, heads, losses
-    from mdn.density import GaussianMixture, MultivariateNormalDiag, MultivariateNormalTriL
+    from mdn.density import (
+        GaussianMixture,
+        MultivariateNormalDiag,
+        MultivariateNormalTriL,
+        mixture_of,
+    )
     from mdn.ensembles import Ensemble
     from mdn.errors import MDNError
     from mdn.fitting.distribution import Fit, fit_distribution
@@ -26,6 +31,7 @@ _HOME = {
     "GaussianMixture": "mdn.density",
     "MultivariateNormalDiag": "mdn.density",
     "MultivariateNormalTriL": "mdn.density",
+    "mixture_of": "mdn.density",
     "MDNError": "mdn.errors",
     "Fit": "mdn.fitting.distribution",
     "fit_distribution": "mdn.fitting.distribution",
@@ -48,6 +54,7 @@ __all__ = [
     "heads",
     "load",
     "losses",
+    "mixture_of",
 ]
 
 

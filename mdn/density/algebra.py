@@ -147,21 +147,33 @@ def linear(parameters: MixtureParameters, matrix: Any, shift: Any = None) -> Mix
     return broadcast(MixtureParameters(logits, loc, factor))
 
 
-def join(parts: Sequence[MixtureParameters], log_shares: Sequence[tf.Tensor]) -> MixtureParameters:
-    """Return the mixture of mixtures with logits as they are plus log shares [..]."""
+def join(
+    parts: Sequence[MixtureParameters], log_shares: Sequence[tf.Tensor], scale_rank: int = 3
+) -> MixtureParameters:
+    """Return the mixture of mixtures whose logits are those of the parts plus log shares [..].
+
+    Args:
+        parts: batches that broadcast.
+        log_shares: one for each part.
+        scale_rank: of a scale without its batch: 3, or 2 where they are diagonals [.., K, D].
+    """
     shape = tf.TensorShape([])
-    parts = [broadcast(part) for part in parts]
-    for part in parts:
-        shape = tf.broadcast_static_shape(shape, part.logits.shape[:-1])
-    joined = []
+    shared = []
     for part, share in zip(parts, log_shares, strict=True):
-        logits = part.logits + tf.convert_to_tensor(share, part.logits.dtype)[..., tf.newaxis]
-        part = MixtureParameters(logits, part.loc, part.scale_tril)
-        if shape.is_fully_defined():
-            part = MixtureParameters(
-                *(tf.broadcast_to(t, [*shape, *t.shape[-r:]]) for r, t in enumerate(part, 1))
+        logits = part.logits + share[..., tf.newaxis]
+        shared.append(broadcast(part._replace(logits=logits), scale_rank))
+        shape = tf.broadcast_static_shape(shape, shared[-1].logits.shape[:-1])
+    ranks = (1, 2, scale_rank)
+    if shape.is_fully_defined():
+        shared = [
+            MixtureParameters(
+                *(
+                    tf.broadcast_to(t, [*shape, *t.shape[-r:]])
+                    for r, t in zip(ranks, part, strict=True)
+                )
             )
-        joined.append(part)
+            for part in shared
+        ]
     return MixtureParameters(
-        *(tf.concat(tensors, axis=-r) for r, tensors in enumerate(zip(*joined, strict=True), 1))
+        *(tf.concat(t, axis=-r) for r, t in zip(ranks, zip(*shared, strict=True), strict=True))
     )

@@ -123,9 +123,7 @@ def bounds(parameters: MixtureParameters) -> tuple[tf.Tensor, tf.Tensor]:
         pairwise(tf.maximum(bhattacharyya, 0.0)),
         -tf.reduce_sum(tf.math.multiply_no_nan(jensen, weight), axis=-1),
     )
-    upper = tf.minimum(
-        pairwise(tf.maximum(kl, 0.0)), _normal_entropy(weight, loc, scale_tril)
-    )
+    upper = tf.minimum(pairwise(tf.maximum(kl, 0.0)), _normal_entropy(weight, loc, scale_tril))
     return lower, tf.maximum(lower, upper)
 
 

@@ -14,9 +14,11 @@ from tensorflow_probability import distributions as tfd
 from tensorflow_probability.python.distributions import kullback_leibler
 from tensorflow_probability.python.internal import dtype_util, parameter_properties
 
+from mdn.density.algebra import join
 from mdn.density.normal import MultivariateNormalDiag, MultivariateNormalTriL
 from mdn.density.parameters import MixtureParameters
 from mdn.density.queries import Queries
+from mdn.errors import DataError
 
 
 class GaussianMixture(Queries, tfd.MixtureSameFamily):
@@ -206,25 +208,44 @@ def mixture_of(
         DataError: there are no densities, they have different targets, or not M weights.
     """
     if isinstance(densities, Queries):
-        parts, kinds = _as_mixture(densities), [densities]
-        tensors = [parts[0], parts[1], parts[2]]
+        members = [densities]
+        logits, loc, scale = _as_mixture(densities)
+        logits = tf.nn.log_softmax(logits)
+        share = _log_shares(weights, logits.shape[0], logits.dtype)
+        share = tf.reshape(share, [*share.shape, *[1] * (logits.shape.rank - share.shape.rank)])
+        axis = logits.shape.rank - 2  # of M, once it stands before K
+        tensors = tuple(_join_axes(t, axis) for t in (logits + share, loc, scale))
     else:
-        tensors, kinds = [], list(densities)
-        _check_alike(kinds)
-        parameters = [_as_mixture(density) for density in kinds]
-        alike = len({tuple(map(str, (t.shape for t in part))) for part in parameters}) == 1
-        if not alike or len({density.diagonal for density in kinds}) > 1:
-            return _mixture_of_unlike(kinds, weights)
-        tensors = [tf.stack(part) for part in zip(*parameters, strict=True)]
-    logits, loc, scale = tensors
-    members, k = logits.shape[0], logits.shape[-1]
+        members = list(densities)
+        _check_members(members)
+        share = _log_shares(weights, len(members), members[0].dtype)
+        whole = all(density.diagonal for density in members)
+        parts = [_as_mixture(m) if whole else m.mixture_parameters() for m in members]
+        tensors = join(
+            [MixtureParameters(tf.nn.log_softmax(part[0]), *part[1:]) for part in parts],
+            tf.unstack(share),
+            scale_rank=2 if whole else 3,
+        )
+    diagonal = all(density.diagonal for density in members)
+    return (DiagGaussianMixture if diagonal else GaussianMixture)(*tensors)
+
+
+def _check_members(members: list[Queries]) -> None:
+    if not members:
+        raise DataError("a mixture of no densities: give one at least")
+    sizes = {density.event_shape[-1] for density in members}
+    if len(sizes) > 1:
+        raise DataError(f"densities of {sorted(sizes)} targets have no mixture: make them equal")
+
+
+def _log_shares(weights: Any, members: int, dtype: tf.DType) -> tf.Tensor:
+    """Return the log shares of M members, [M, ..]."""
     if weights is None:
-        logits = tf.nn.log_softmax(logits) - math.log(members)
-    else:
-        logits = tf.nn.log_softmax(logits) + _log_shares(weights, members, logits)
-    kind = DiagGaussianMixture if kinds[0].diagonal else GaussianMixture
-    axis = logits.shape.rank - 2  # of M, once it stands before K
-    return kind(*(_join_axes(t, axis) for t in (logits, loc, scale)))
+        return tf.fill([members], tf.constant(-math.log(members), dtype))
+    weights = tf.convert_to_tensor(weights, dtype)
+    if weights.shape.rank == 0 or weights.shape[0] != members:
+        raise DataError(f"weights of shape {weights.shape} for {members} densities: give each one")
+    return tf.math.log(weights / tf.reduce_sum(weights, axis=0))
 
 
 def _as_mixture(density: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

@@ -21,7 +21,9 @@ def from_dict(base: type, plain: Mapping[str, Any]) -> Any:
     types = {kind.__name__: kind for kind in _below(base)}
     name = plain.get("type")
     if name not in types:
-        known = ", ".join(sorted(k for k, t in types.items() if hasattr(t, "_parameter_properties")))
+        known = ", ".join(
+            sorted(k for k, t in types.items() if hasattr(t, "_parameter_properties"))
+        )
         raise DataError(f"type={name!r} is no density: give one of {known}")
     dtype = tf.as_dtype(plain.get("dtype", "float32"))
     tensors = {key: value for key, value in plain.items() if key not in ("type", "dtype")}

@@ -111,8 +111,7 @@ def line_region(parameters: MixtureParameters, level: tf.Tensor) -> Region:
     at, passes = boundaries(log_threshold)
     absent = tf.constant(math.inf, tf.float64)
     low, high = (
-        tf.sort(part, axis=-1)
-        for part in tf.split(tf.where(passes, at, absent), 2, axis=-1)
+        tf.sort(part, axis=-1) for part in tf.split(tf.where(passes, at, absent), 2, axis=-1)
     )
     mask = tf.math.is_finite(low) & tf.math.is_finite(high)
     intervals = tf.stack([low, high], axis=-1)
