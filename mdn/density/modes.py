@@ -25,7 +25,7 @@ class Modes(NamedTuple):
     """Local maxima of a density, the highest first, padded to K.
 
     Attributes:
-        loc: [.., K, D], the modes; copies of others where `mask` is false.
+        loc: [.., K, D], the modes; where `mask` is false, copies of others.
         log_prob: [.., K], the log density there.
         mask: [.., K], which are modes of their own; the first always is.
     """
@@ -68,12 +68,15 @@ def find_modes(parameters: MixtureParameters) -> Modes:
     frozen = _Mixture(MixtureParameters(*(tf.stop_gradient(t) for t in parameters)))
     x = tf.stop_gradient(_climb(frozen))
     at = frozen.field(x)
-    order = tf.argsort(at.log_prob, axis=-1, direction="DESCENDING", stable=True)
+    # A component whose weight is zero in the dtype is nowhere.
+    present = tf.exp(tf.nn.log_softmax(logits)) > 0.0
+    height = tf.where(present, at.log_prob, tf.constant(-np.inf, x.dtype))
+    order = tf.argsort(height, axis=-1, direction="DESCENDING", stable=True)
     batch_dims = logits.shape.rank - 1
-    x, factor, spread = (
-        tf.gather(t, order, batch_dims=batch_dims) for t in (x, at.factor, at.spread)
+    x, factor, spread, present = (
+        tf.gather(t, order, batch_dims=batch_dims) for t in (x, at.factor, at.spread, present)
     )
-    mask = _distinct(x, factor)
+    mask = _distinct(x, factor) & present
     # One step of Newton's, whose value is nothing and whose gradient is the implicit one.
     newton = tf.stop_gradient(_inverse(factor, spread, doublings=12))
     newton = tf.where(tf.math.is_finite(newton), newton, tf.zeros_like(newton))

@@ -31,7 +31,8 @@ def from_dict(base: type, plain: Mapping[str, Any]) -> Any:
 
 
 def _below(base: type) -> list[type]:
-    return [base] + [kind for child in base.__subclasses__() for kind in _below(child)]
+    children: list[type] = base.__subclasses__()
+    return [base, *(kind for child in children for kind in _below(child))]
 
 
 def describe(density: Any) -> str:

@@ -341,7 +341,13 @@ class Queries:
         Source:
             Hyndman (1996), Computing and graphing highest density regions, The American
             Statistician 50.
+
+        Raises:
+            DataError: the level is not in (0, 1), or n is less than two.
         """
+        _check_draws(n)
+        if isinstance(level, int | float) and not 0.0 < level < 1.0:
+            raise DataError(f"level={level}: give a probability between 0 and 1")
         level = tf.convert_to_tensor(level, self.dtype)
         parameters = self.mixture_parameters()
         if self.event_shape[-1] == 1:

@@ -5,6 +5,7 @@ Shape letters: D event size, K components, S draws, J points on a line.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from mdn.density import univariate
-from mdn.density.draws import draw
 from mdn.density.modes import find_modes
 from mdn.density.parameters import MixtureParameters, broadcast
 
@@ -39,13 +39,12 @@ def sampled_threshold(log_prob: tf.Tensor, level: tf.Tensor) -> tf.Tensor:
     return tfp.stats.percentile(log_prob, 100.0 * (1.0 - level), axis=0, interpolation="linear")
 
 
-@tf.function(autograph=False, reduce_retracing=True)
 def line_region(parameters: MixtureParameters, level: tf.Tensor) -> Region:
     """Return the region of one target, by its boundaries.
 
     Between two neighbouring modes the density has one minimum. So each side of each mode has one
     boundary at most, which is bracketed; and the probability inside falls as the threshold rises,
-    so that the threshold is bracketed too. All of it in float64. No gradient.
+    so that the threshold is bracketed too. All of it in float64.
 
     Args:
         parameters: batch [..], D = 1.
@@ -56,11 +55,64 @@ def line_region(parameters: MixtureParameters, level: tf.Tensor) -> Region:
         50.
     """
     dtype = parameters.loc.dtype
-    parameters = broadcast(
-        MixtureParameters(*(tf.stop_gradient(tf.cast(t, tf.float64)) for t in parameters))
-    )
-    line = _Line(parameters)
+    parameters = broadcast(MixtureParameters(*(tf.cast(t, tf.float64) for t in parameters)))
     level = tf.cast(level, tf.float64) + tf.zeros_like(parameters.logits[..., 0])
+    frozen = MixtureParameters(*(tf.stop_gradient(t) for t in parameters))
+    search = _program(parameters.logits.shape.rank, parameters.logits.shape[-1])
+    log_threshold, low, high = search(frozen, tf.stop_gradient(level))
+    mask = tf.math.is_finite(low) & tf.math.is_finite(high)
+    log_threshold, low, high = _attach(_Line(parameters), level, log_threshold, low, high, mask)
+    intervals = tf.stack([low, high], axis=-1)
+    intervals = tf.where(mask[..., tf.newaxis], intervals, tf.constant(math.nan, tf.float64))
+    return Region(tf.cast(log_threshold, dtype), tf.cast(intervals, dtype), mask)
+
+
+def _attach(
+    line: _Line,
+    level: tf.Tensor,
+    log_threshold: tf.Tensor,
+    low: tf.Tensor,
+    high: tf.Tensor,
+    mask: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Return the threshold and the ends as they are, with the gradients of the implicit function.
+
+    At an end the log density is the threshold's, and the probabilities between the ends add up to
+    the level. How threshold and ends move follows from the derivatives of both.
+    """
+
+    def change(value: tf.Tensor) -> tf.Tensor:
+        return value - tf.stop_gradient(value)  # zero, but for its gradient
+
+    ends = tf.concat([low, high], axis=-1)  # [.., 2 K]
+    there = tf.concat([mask, mask], axis=-1)
+    ends = tf.stop_gradient(tf.where(there, ends, tf.zeros_like(ends)))
+    side = tf.concat([-tf.ones_like(low), tf.ones_like(high)], axis=-1)
+    side = tf.where(there, side, tf.zeros_like(side))
+    log_density = line.log_density(ends)
+    slope = tf.stop_gradient(line.slope(ends))
+    slope = tf.where(there, slope, tf.ones_like(slope))
+    density = tf.stop_gradient(tf.exp(log_threshold))[..., tf.newaxis]
+    of_ends = side * (density / slope * change(log_density) - change(line.cumulative(ends)))
+    moved = change(level) + tf.reduce_sum(of_ends, axis=-1)
+    by_threshold = tf.reduce_sum(side * density / slope, axis=-1)
+    step = moved / by_threshold
+    ends += (step[..., tf.newaxis] - change(log_density)) / slope
+    low, high = tf.split(ends, 2, axis=-1)
+    return log_threshold + step, low, high
+
+
+@functools.lru_cache(maxsize=64)
+def _program(rank: int, components: int) -> tf.types.experimental.PolymorphicFunction:
+    """Return the search as one graph for all batch sizes; its loops are slow step by step."""
+    return tf.function(_line_region, autograph=False, reduce_retracing=True)
+
+
+def _line_region(
+    parameters: MixtureParameters, level: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Return the log threshold [..] and sorted ends [.., K], infinite where there is none."""
+    line = _Line(parameters)
     found = find_modes(parameters)
     last = tf.reduce_max(
         tf.where(found.mask, found.loc[..., 0], tf.constant(-math.inf, tf.float64)),
@@ -103,20 +155,15 @@ def line_region(parameters: MixtureParameters, level: tf.Tensor) -> Region:
 
     def excess(log_threshold: tf.Tensor) -> tf.Tensor:
         low, high = tf.split(boundaries(log_threshold)[0], 2, axis=-1)
-        return tf.reduce_sum(line.probability(low, high), axis=-1) - level
+        return tf.reduce_sum(line.cumulative(high) - line.cumulative(low), axis=-1) - level
 
     log_threshold = tfp.math.find_root_chandrupatla(
         excess, low=lowest, high=highest, position_tolerance=1e-13, max_iterations=100
     ).estimated_root
     at, passes = boundaries(log_threshold)
     absent = tf.constant(math.inf, tf.float64)
-    low, high = (
-        tf.sort(part, axis=-1) for part in tf.split(tf.where(passes, at, absent), 2, axis=-1)
-    )
-    mask = tf.math.is_finite(low) & tf.math.is_finite(high)
-    intervals = tf.stack([low, high], axis=-1)
-    intervals = tf.where(mask[..., tf.newaxis], intervals, tf.constant(math.nan, tf.float64))
-    return Region(tf.cast(log_threshold, dtype), tf.cast(intervals, dtype), mask)
+    low, high = tf.split(tf.where(passes, at, absent), 2, axis=-1)
+    return log_threshold, tf.sort(low, axis=-1), tf.sort(high, axis=-1)
 
 
 class _Line:
@@ -131,8 +178,14 @@ class _Line:
     def log_density(self, y: tf.Tensor) -> tf.Tensor:
         return univariate.log_density(self.margins, y)
 
-    def probability(self, low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:
-        return univariate.cdf(self.margins, high) - univariate.cdf(self.margins, low)
+    def cumulative(self, y: tf.Tensor) -> tf.Tensor:
+        return univariate.cdf(self.margins, y)
+
+    def slope(self, y: tf.Tensor) -> tf.Tensor:
+        """Return the derivative of the log density."""
+        z = (y[..., tf.newaxis] - self.loc) / self.scale  # [.., J, K]
+        share = tf.nn.softmax(self.log_weight - tf.math.log(self.scale) - 0.5 * tf.square(z))
+        return -tf.reduce_sum(share * z / self.scale, axis=-1)
 
     def central(self, tail: tf.Tensor) -> tf.Tensor:
         ends = [univariate.search(self.margins, p[..., tf.newaxis]) for p in (tail, 1.0 - tail)]

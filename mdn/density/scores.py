@@ -48,7 +48,7 @@ def pit(parameters: MixtureParameters, y: tf.Tensor) -> tf.Tensor:
     before = tf.cumsum(terms, axis=-1, exclusive=True)  # [.., K, D]
     log_weight = tf.nn.log_softmax(logits)[..., tf.newaxis]
     weight = tf.nn.softmax(log_weight + before, axis=-2)
-    found = tf.reduce_sum(weight * special_math.ndtr(z), axis=-2)
+    found = tf.minimum(tf.reduce_sum(weight * special_math.ndtr(z), axis=-2), 1.0)
     return tf.where(missing[..., 0, :], tf.constant(float("nan"), found.dtype), found)
 
 

@@ -110,9 +110,7 @@ class Transformed(Queries, tfd.TransformedDistribution):
         Raises:
             ConfigError: always.
         """
-        raise ConfigError(
-            "a density of transformed targets is not all arrays: use density.distribution.to_dict()"
-        )
+        raise ConfigError("a transform is no array: use to_dict() of density.distribution")
 
     def __repr__(self) -> str:
         return f"{self.bijector.name} of targets of {self.distribution!r}"
