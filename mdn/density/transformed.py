@@ -76,19 +76,26 @@ class Transformed(Queries, tfd.TransformedDistribution):
     # As the transform increases, those of `distribution` at the transformed y.
 
     def _cdf(self, y: tf.Tensor) -> tf.Tensor:
-        return self.distribution.cdf(self.bijector.inverse(y))
+        return self.distribution.cdf(self._inverse(y))
 
     def _log_cdf(self, y: tf.Tensor) -> tf.Tensor:
-        return self.distribution.log_cdf(self.bijector.inverse(y))
+        return self.distribution.log_cdf(self._inverse(y))
 
     def _survival_function(self, y: tf.Tensor) -> tf.Tensor:
-        return self.distribution.survival_function(self.bijector.inverse(y))
+        return self.distribution.survival_function(self._inverse(y))
 
     def _log_survival_function(self, y: tf.Tensor) -> tf.Tensor:
-        return self.distribution.log_survival_function(self.bijector.inverse(y))
+        return self.distribution.log_survival_function(self._inverse(y))
 
     def _quantile(self, probability: tf.Tensor) -> tf.Tensor:
         return self.bijector.forward(self.distribution.quantile(probability))
+
+    def _inverse(self, y: tf.Tensor) -> tf.Tensor:
+        """Return u, infinite where y is outside of the domain; NaN where y is."""
+        edge = tf.fill(tf.shape(y), tf.constant(np.inf, y.dtype))
+        u = self.bijector.inverse(y)
+        u = tf.where(y <= self.bijector.forward(-edge), -edge, u)
+        return tf.where(y >= self.bijector.forward(edge), edge, u)
 
     def mixture_parameters(self) -> MixtureParameters:
         """Raise: the density is no Gaussian mixture in the units of y.
