@@ -10,7 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import mdn
-from mdn.config import OPTIONS, TrainerOptions, compose_config, config_dir
+from mdn.config import compose_config, config_dir
+from mdn.options import OPTIONS, TrainerOptions
 
 GROUPS = sorted(path.name for path in config_dir().iterdir() if path.is_dir())
 FILES = sorted(path for path in config_dir().glob("*/*.yaml"))

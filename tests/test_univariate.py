@@ -134,7 +134,7 @@ def test_interval_holds_its_level():
 
 @pytest.mark.parametrize("level", [0.0, 1.0, 90, float("nan")])
 def test_a_level_that_is_no_probability_is_named(level):
-    with pytest.raises(mdn.MDNError, match="level=.*: must be between 0 and 1, such as 0.9"):
+    with pytest.raises(mdn.MDNError, match=r"level=.*: must be between 0 and 1, such as 0\.9"):
         mixture(1).interval(level)
 
 
