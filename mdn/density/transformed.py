@@ -43,6 +43,11 @@ class Transformed(Queries, tfd.TransformedDistribution):
             name=name or f"Transformed{type(distribution).__name__}",
         )
 
+    @classmethod
+    def _parameter_properties(cls, dtype: Any, num_classes: Any = None) -> dict[str, Any]:
+        # Those of TFP's: it warns of a subclass with an `__init__` of its own that says nothing.
+        return super()._parameter_properties(dtype, num_classes)
+
     def _log_prob(self, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
         """Return log p_u(u) + sum log du/dy over what is observed; -inf outside of the domain."""
         check_event(y, self.distribution.event_shape[-1])
