@@ -136,16 +136,14 @@ class Margins:
         return self._mix(special.ndtr((u[..., np.newaxis, :] - self.loc) / self.scale))
 
     def quantile(self, probability: float) -> np.ndarray:
-        """Return the y with cdf(y) = probability, [.., D], by bisection."""
-        component = self.loc + self.scale * special.ndtri(probability)  # [.., K, D]
-        low, high = component.min(axis=-2), component.max(axis=-2)  # the answer is between them
-        inner = dataclasses.replace(self, units=None)
-        for _ in range(60):
-            middle = 0.5 * (low + high)
-            below = inner.cdf(middle) < probability
-            low, high = np.where(below, middle, low), np.where(below, high, middle)
-        middle = 0.5 * (low + high)
-        return middle if self.units is None else self.units.forward(middle)
+        """Return the y with cdf(y) = probability, [.., D]."""
+        from mdn.density import univariate  # which imports TensorFlow
+
+        with np.errstate(divide="ignore"):
+            log_weight = np.log(self.weight)[..., np.newaxis, :]  # of no weight: -inf
+        parts = log_weight, np.swapaxes(self.loc, -1, -2), np.swapaxes(self.scale, -1, -2)
+        u = univariate.quantile(univariate.Margins(*parts), probability).numpy()
+        return u if self.units is None else self.units.forward(u)
 
     def _mix(self, values: np.ndarray) -> np.ndarray:
         return np.einsum("...k,...kd->...d", self.weight, values)

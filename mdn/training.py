@@ -20,13 +20,14 @@ from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.interrupt import Interrupt
 from mdn.compiled import EVALUATION_BATCH
-from mdn.config import GENERATIVE, make
+from mdn.config import make
 from mdn.data.checks import check_batch_size
 from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Data
 from mdn.data.splits import draw_folds
 from mdn.errors import RunError
 from mdn.evaluation import print_table
+from mdn.options import GENERATIVE
 from mdn.runs import RunDirectory, provenance
 from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task

@@ -10,7 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import mdn
-from mdn.config import OPTIONS, TrainerOptions, compose_config, config_dir
+from mdn.config import compose_config, config_dir
+from mdn.options import OPTIONS, TrainerOptions
 
 GROUPS = sorted(path.name for path in config_dir().iterdir() if path.is_dir())
 FILES = sorted(path for path in config_dir().glob("*/*.yaml"))
@@ -112,6 +113,7 @@ def test_trainer_options_are_checked():
         (["model=low_rank", "rank=two"], "rank=two: must be a valid integer"),
         (["target_transform=logg"], "target_transform=logg: is unknown; choose one of log, logit"),
         (["target_transform=log", "model=vae"], "target_transform=log: this model has none"),
+        (["target_transform=log", "loss=crps"], "loss=crps: has no closed form with a target_tr"),
         (["target_transform=log", "ensemble=2"], "target_transform=log: an ensemble has none"),
         (["kk=3"], "kk=3: kk is no option; did you mean k"),
         (["modle=tril"], "modle=tril: modle is no option; did you mean model"),

@@ -11,11 +11,12 @@ import tensorflow as tf
 from scipy import stats
 
 import mdn
-from mdn.config import FITTED, compose_config, config_dir, make
+from mdn.config import compose_config, config_dir, make
 from mdn.data.rows import Data, Rows
 from mdn.errors import DataError, RunError
 from mdn.estimation import estimate, judge
 from mdn.export.distribution import export_distribution
+from mdn.options import FITTED
 
 TEN = [4.57, 6.37, 5.93, 7.98, 2.03, 3.59, 8.55, 3.45, 5.06, 6.44]
 

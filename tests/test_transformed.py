@@ -270,3 +270,11 @@ def test_margins_are_those_of_the_density(transform):
     assert slope[0, 0] == pytest.approx(0.5)
     one = margins.first()
     np.testing.assert_allclose(one.quantile(0.3), margins.quantile(0.3)[..., :1])
+
+
+def test_tfp_has_nothing_to_warn_of(caplog):
+    head = mdn.heads.Diag(2, target_transform="log")
+    density = head.distribution(tf.zeros([3, head.params_size]))
+    assert set(density.parameter_properties()) == {"distribution", "bijector"}
+    assert density.batch_shape == [3]
+    assert not caplog.records

@@ -8,6 +8,7 @@ from scipy import integrate, stats
 from scipy.special import logsumexp
 
 import mdn
+from mdn import heads
 from mdn.density import DiagGaussianMixture, MultivariateNormalDiag, MultivariateNormalTriL
 
 LEVELS = np.array([1e-6, 1e-3, 0.1, 0.5, 0.77, 0.999, 1.0 - 1e-6])
@@ -37,9 +38,8 @@ def test_one_component_is_scipys_normal_in_both_tails():
     normal = stats.norm(1.0, 2.0)
     np.testing.assert_allclose(density.cdf(y), normal.cdf(y), rtol=1e-12)
     np.testing.assert_allclose(density.survival_function(y), normal.sf(y), rtol=1e-12)
-    # TFP's series beyond 20 standard deviations is good to 1e-9.
-    np.testing.assert_allclose(density.log_cdf(y), normal.logcdf(y), rtol=1e-9)
-    np.testing.assert_allclose(density.log_survival_function(y), normal.logsf(y), rtol=1e-9)
+    np.testing.assert_allclose(density.log_cdf(y), normal.logcdf(y), rtol=1e-12)
+    np.testing.assert_allclose(density.log_survival_function(y), normal.logsf(y), rtol=1e-12)
     np.testing.assert_allclose(density.quantile(LEVELS)[:, 0], normal.ppf(LEVELS), rtol=1e-9)
 
 
@@ -132,6 +132,19 @@ def test_interval_holds_its_level():
     np.testing.assert_allclose(density.cdf(ends[..., 0]), 0.05, rtol=1e-9)
 
 
+@pytest.mark.parametrize("level", [0.0, 1.0, 90, float("nan")])
+def test_a_level_that_is_no_probability_is_named(level):
+    with pytest.raises(mdn.MDNError, match=r"level=.*: must be between 0 and 1, such as 0\.9"):
+        mixture(1).interval(level)
+
+
+def test_float32_logs_keep_their_digits():
+    density = MultivariateNormalTriL(tf.zeros([1]), tf.eye(1))
+    y = np.concatenate([-np.logspace(-3, 15, 50), np.logspace(-3, 1, 50)])[:, np.newaxis]
+    found = density.log_cdf(y).numpy()
+    np.testing.assert_allclose(found, stats.norm.logcdf(y.astype(np.float32)), rtol=1e-5)
+
+
 def test_crps_is_the_integral_of_the_squared_error_of_the_cdf():
     density = mixture(3, k=3)
     y = np.array([[-2.0], [0.4], [5.0]])
@@ -175,3 +188,22 @@ def test_transformed_targets_have_the_quantiles_of_the_lognormal():
     np.testing.assert_allclose(density.cdf(y), lognormal.cdf(y), rtol=1e-12)
     np.testing.assert_allclose(density.survival_function(y), lognormal.sf(y), rtol=1e-12)
     np.testing.assert_allclose(density.interval(0.9)[0], lognormal.interval(0.9), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("transform", "low", "high"),
+    [("log", 0.0, None), ({"name": "logit", "low": 2.0, "high": 5.0}, 2.0, 5.0)],
+    ids=["log", "logit"],
+)
+def test_nothing_is_outside_of_the_domain(transform, low, high):
+    head = heads.Diag(1, target_transform=transform)
+    density = head.distribution(tf.zeros([head.params_size]))
+    for y in (low - 1.0, low):
+        assert density.cdf([y]).numpy() == 0.0
+        assert density.log_cdf([y]).numpy() == -np.inf
+        assert density.survival_function([y]).numpy() == 1.0
+    if high is not None:
+        for y in (high, high + 1.0):
+            assert density.cdf([y]).numpy() == 1.0
+            assert density.log_survival_function([y]).numpy() == -np.inf
+    assert np.isnan(density.cdf([np.nan]))

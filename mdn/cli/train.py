@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 
 from mdn.cli import LAUNCHED
 from mdn.cli.quiet import import_tensorflow
-from mdn.config import FITTED, check_config, compose_config, config_dir
+from mdn.config import check_config, compose_config, config_dir
 from mdn.errors import MDNError
+from mdn.options import FITTED
 
 FAILED, INTERRUPTED = 2, 130
 

@@ -25,7 +25,7 @@ from mdn.density import (
 )
 from mdn.density.draws import as_seed, draw, temper
 from mdn.density.parameters import MixtureParameters, broadcast
-from mdn.errors import DataError
+from mdn.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from mdn.density.mixture import GaussianMixture
@@ -113,11 +113,16 @@ class Queries:
         """Return the central intervals of each target.
 
         Args:
-            level: a number in (0, 1): the probability of the interval.
+            level: the probability of the interval, in (0, 1).
 
         Returns:
             [.., D, 2], the lower and the upper end, with (1 - level) / 2 beyond each.
+
+        Raises:
+            ConfigError: the level is a number out of its range.
         """
+        if isinstance(level, float | int) and not 0.0 < level < 1.0:
+            raise ConfigError(f"level={level}: must be between 0 and 1, such as 0.9")
         tail = 0.5 * (1.0 - tf.convert_to_tensor(level, self.dtype))
         ends = self.quantile(tf.stack([tail, 1.0 - tail]))  # [2, .., D]
         return tf.stack(tf.unstack(ends), axis=-1)

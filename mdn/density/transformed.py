@@ -43,6 +43,11 @@ class Transformed(Queries, tfd.TransformedDistribution):
             name=name or f"Transformed{type(distribution).__name__}",
         )
 
+    @classmethod
+    def _parameter_properties(cls, dtype: Any, num_classes: Any = None) -> dict[str, Any]:
+        # Those of TFP's: it warns of a subclass with an `__init__` of its own that says nothing.
+        return super()._parameter_properties(dtype, num_classes)
+
     def _log_prob(self, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
         """Return log p_u(u) + sum log du/dy over what is observed; -inf outside of the domain."""
         check_event(y, self.distribution.event_shape[-1])
@@ -76,19 +81,26 @@ class Transformed(Queries, tfd.TransformedDistribution):
     # As the transform increases, those of `distribution` at the transformed y.
 
     def _cdf(self, y: tf.Tensor) -> tf.Tensor:
-        return self.distribution.cdf(self.bijector.inverse(y))
+        return self.distribution.cdf(self._inverse(y))
 
     def _log_cdf(self, y: tf.Tensor) -> tf.Tensor:
-        return self.distribution.log_cdf(self.bijector.inverse(y))
+        return self.distribution.log_cdf(self._inverse(y))
 
     def _survival_function(self, y: tf.Tensor) -> tf.Tensor:
-        return self.distribution.survival_function(self.bijector.inverse(y))
+        return self.distribution.survival_function(self._inverse(y))
 
     def _log_survival_function(self, y: tf.Tensor) -> tf.Tensor:
-        return self.distribution.log_survival_function(self.bijector.inverse(y))
+        return self.distribution.log_survival_function(self._inverse(y))
 
     def _quantile(self, probability: tf.Tensor) -> tf.Tensor:
         return self.bijector.forward(self.distribution.quantile(probability))
+
+    def _inverse(self, y: tf.Tensor) -> tf.Tensor:
+        """Return u, infinite where y is outside of the domain; NaN where y is."""
+        edge = tf.fill(tf.shape(y), tf.constant(np.inf, y.dtype))
+        u = self.bijector.inverse(y)
+        u = tf.where(y <= self.bijector.forward(-edge), -edge, u)
+        return tf.where(y >= self.bijector.forward(edge), edge, u)
 
     def _call_sample_n(self, sample_shape: Any, seed: Any, **kwargs: Any) -> tf.Tensor:
         return self.bijector.forward(self.distribution.sample(sample_shape, seed, **kwargs))
