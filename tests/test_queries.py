@@ -1,4 +1,4 @@
-"""What a density says of itself: against scipy, quadrature, and draws with their standard error."""
+"""What a density says of itself: against scipy, quadrature, and draws with standard errors."""
 
 import json
 
@@ -117,10 +117,10 @@ def test_modes_are_the_maxima_that_an_optimiser_finds(d):
 def test_modes_by_symmetry_and_of_weights_of_nothing():
     # The mean of the light one in the middle is a minimum by symmetry.
     loc = np.array([[-1.0], [0.0], [1.0]])
-    density = mdn.GaussianMixture(np.log([0.48, 0.04, 0.48]), loc, np.full([3, 1, 1], 0.3))
+    density = mdn.GaussianMixture(np.log([0.48, 0.04, 0.48]), loc, np.full([3, 1, 1], 0.35))
     modes = density.modes()
     np.testing.assert_array_equal(modes.mask, [True, True, False])
-    np.testing.assert_allclose(np.sort(modes.loc[:2, 0]), [-0.9998, 0.9998], atol=2e-3)
+    np.testing.assert_allclose(np.sort(modes.loc[:2, 0]), [-1.0, 1.0], atol=2e-2)
     density = mdn.GaussianMixture([0.0, -1e9], [[0.0], [50.0]], np.ones([2, 1, 1]))
     np.testing.assert_array_equal(density.modes().mask, [True, False])
     np.testing.assert_allclose(density.mode(), [0.0], atol=1e-5)
@@ -137,7 +137,7 @@ def test_mode_of_a_normal_is_its_mean_and_its_gradient_the_implicit_one(densitie
     def mode(*parameters):
         return mdn.GaussianMixture(*parameters).mode()
 
-    theory, numeric = tf.test.compute_gradient(mode, parameters, delta=1e-5)
+    theory, numeric = map(list, tf.test.compute_gradient(mode, parameters, delta=1e-5))
     lower = np.tile(np.tril(np.ones([2, 2], bool)).reshape(-1), 3)
     numeric[2], theory[2] = numeric[2][:, lower], theory[2][:, lower]
     for a, b in zip(theory, numeric, strict=True):
@@ -152,7 +152,7 @@ def test_intervals_hold_the_level_at_one_density(level):
     density = line(np.random.default_rng(4), [30], 4, spread=4.0)
     region = density.hdr(level)
     ends, mask = region.intervals.numpy(), region.mask.numpy()
-    assert (mask.sum(-1) > 1).any()  # some are unions
+    assert level < 0.5 or (mask.sum(-1) > 1).any()  # some are unions
     assert np.isnan(ends[~mask]).all()
     flat = np.moveaxis(np.where(mask[..., None], ends, 0.0), 0, -1)[..., None]  # [K, 2, 30, 1]
     cdf, log_prob = density.cdf(flat).numpy()[..., 0], density.log_prob(flat).numpy()
@@ -295,7 +295,7 @@ def test_temperatures_are_powers_of_the_weights_and_factors_of_the_covariances()
     assert normal.sample(n, seed=1, sigma_temperature=4.0).numpy().std() == pytest.approx(
         2.0, 0.05
     )
-    with pytest.raises(mdn.MDNError, match="temperature=0.0: give a positive number"):
+    with pytest.raises(mdn.MDNError, match=r"temperature=0\.0: give a positive number"):
         density.sample(1, temperature=0.0)
 
 
@@ -318,9 +318,10 @@ def test_entropy_is_that_of_quadrature_within_its_error_and_bounds():
         assert found.lower[i] <= exact <= found.upper[i]
     assert (found.standard_error > 0.0).numpy().all()
     np.testing.assert_array_equal(densities.entropy(n=2000, seed=1), found.estimate)
-    spread = [densities.entropy(n=100, seed=seed).numpy() for seed in range(60)]
-    stated = densities.entropy_estimate(100).standard_error
-    np.testing.assert_allclose(np.std(spread, axis=0), stated, rtol=0.5)
+    estimates = [densities.entropy_estimate(100, seed=seed) for seed in range(60)]
+    spread = np.std([e.estimate for e in estimates], axis=0)
+    stated = np.sqrt(np.mean([np.square(e.standard_error) for e in estimates], axis=0))
+    np.testing.assert_allclose(spread, stated, rtol=0.4)
 
 
 def test_entropy_of_a_normal_is_exact(densities):
@@ -395,7 +396,7 @@ def test_plain_arrays_are_the_density_again(densities):
         lists = {k: v if isinstance(v, str) else v.tolist() for k, v in plain.items()}
         other = mdn.GaussianMixture.from_dict(json.loads(json.dumps(lists)))
         np.testing.assert_array_equal(other.log_prob(y), density.log_prob(y))
-    with pytest.raises(mdn.MDNError, match="type='os.system' is no density: give one of"):
+    with pytest.raises(mdn.MDNError, match=r"type='os\.system' is no density: give one of"):
         mdn.GaussianMixture.from_dict({"type": "os.system"})
 
 
