@@ -18,8 +18,8 @@ from mdn.base import TrainedModel
 from mdn.data.checks import check_images
 from mdn.data.rows import Rows
 from mdn.density import GaussianMixture, MultivariateNormalDiag
+from mdn.density.draws import draw
 from mdn.density.gaussian import LOG_2_PI
-from mdn.density.queries import draw
 from mdn.errors import ConfigError, DataError
 from mdn.heads import Diag, Mixture
 

@@ -17,7 +17,7 @@ import tensorflow as tf
 import tf_keras
 
 from mdn import MDN, Ensemble, backbones, heads
-from mdn.density.queries import draw
+from mdn.density.draws import draw
 from mdn.errors import ConfigError, RunError
 from mdn.export import export_saved_model
 from mdn.export.saved_model import input_names

@@ -377,7 +377,7 @@ def test_one_draw_is_too_few(densities, query):
 
 
 def test_a_level_that_is_no_probability_is_named(densities):
-    with pytest.raises(mdn.MDNError, match=r"level=90.0: give a probability"):
+    with pytest.raises(mdn.MDNError, match=r"level=90\.0: must be between 0 and 1"):
         densities[0].hdr(90.0)
 
 
@@ -439,9 +439,14 @@ ANSWERS = {
 }
 
 
+# What the other types do by themselves; the rest is that of their `mixture_parameters`.
+OWN = ("log_prob", "correlation", "marginal", "condition", "sample", "responsibilities")
+
+
 @pytest.mark.parametrize("i", range(4))
 def test_all_in_one_program_of_xla_with_gradients(i):
     """The batch size is not known to the program, and float32 is near float64."""
+    chosen = {name: ANSWERS[name] for name in (ANSWERS if i == 0 else OWN)}
     density = all_densities(np.random.default_rng(14), [4], 3, 3)[i]
     y = np.random.default_rng(15).normal(size=[4, 3])
     kind, names = type(density), list(density.tensors())
@@ -451,7 +456,7 @@ def test_all_in_one_program_of_xla_with_gradients(i):
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(tensors)
             density = kind(**dict(zip(names, tensors, strict=True)))
-            found = {name: answer(density, y) for name, answer in ANSWERS.items()}
+            found = {name: answer(density, y) for name, answer in chosen.items()}
             totals = {name: tf.reduce_sum(value) for name, value in found.items()}
         gradients = {
             name: [g for g in tape.gradient(total, tensors) if g is not None]
@@ -465,7 +470,7 @@ def test_all_in_one_program_of_xla_with_gradients(i):
     program = answers.get_concrete_function(tf.TensorSpec([None, 3], tf.float32), *signature)
     single = [tf.cast(t, tf.float32) for t in (y, *density.tensors().values())]
     found, gradients = program(*single)
-    for name, answer in ANSWERS.items():
+    for name, answer in chosen.items():
         expected = answer(density, y).numpy()
         assert found[name].shape == expected.shape, name
         if name not in ("sample", "energy_score", "entropy"):  # draws depend on the dtype
@@ -474,45 +479,6 @@ def test_all_in_one_program_of_xla_with_gradients(i):
                 found[name], expected, rtol=2e-4, atol=2e-4 * scale, err_msg=name
             )
         assert all(np.isfinite(g).all() for g in gradients[name]), name
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("d", [1, 3])
-def test_extremes_are_finite(dtype, d):
-    """Scales from 1e-6 to 1e6, a weight of nothing, y 100 standard deviations away."""
-    rng = np.random.default_rng(16)
-    stddev = 10.0 ** rng.uniform(-6, 6, size=[20, 4, d])
-    factor = np.tril(rng.normal(size=[20, 4, d, d]), -1) * stddev[..., np.newaxis]
-    factor[..., range(d), range(d)] = stddev
-    logits, loc = rng.normal(size=[20, 4]), 1e3 * rng.normal(size=[20, 4, d])
-    logits[:, 0] = -1e9
-    tensors = [tf.constant(p.astype(dtype)) for p in (logits, loc, factor)]
-    density = mdn.GaussianMixture(*tensors)
-    y = density.mean() + 100.0 * density.stddev()
-    answers = {
-        "log_prob": density.log_prob(y),
-        "moments": tf.stack([density.skewness(), density.kurtosis(), density.stddev()]),
-        "correlation": density.correlation(),
-        "responsibilities": density.responsibilities(y),
-        "pit": density.pit(y),
-        "crps": density.crps(y),
-        "energy": density.energy_score(y, 10),
-        "entropy": tf.stack(density.entropy_estimate(10)),
-        "modes": density.modes().loc,
-        "log_prob of modes": density.modes().log_prob,
-        "bound": density.reduce(2).kl_bound,
-        "region": density.hdr(0.9, n=200).log_threshold,
-        "quantile": density.quantile([1e-6, 0.5, 1.0 - 1e-6]),
-        "log_cdf": density.log_cdf(-y),
-    }
-    for name, value in answers.items():
-        assert np.isfinite(value).all(), name
-    ranks = answers["pit"].numpy()
-    assert ((ranks >= 0.0) & (ranks <= 1.0)).all()
-    with tf.GradientTape() as tape:
-        tape.watch(tensors)
-        total = tf.reduce_sum(mdn.GaussianMixture(*tensors).log_prob(y))
-    assert all(np.isfinite(g).all() for g in tape.gradient(total, tensors))
 
 
 @pytest.mark.parametrize("kind", [mdn.GaussianMixture, DiagGaussianMixture])

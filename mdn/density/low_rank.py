@@ -29,7 +29,8 @@ from mdn.density.gaussian import LOG_2_PI
 from mdn.density.mixture import GaussianMixture
 from mdn.density.normal import one_component
 from mdn.density.parameters import MixtureParameters
-from mdn.density.queries import Queries, check_event
+from mdn.density.queries import Queries
+from mdn.density.targets import check_event
 
 
 def low_rank_log_prob(

@@ -7,7 +7,8 @@ from tensorflow_probability import distributions as tfd
 
 from mdn.density.gaussian import diag_log_prob, tril_log_prob
 from mdn.density.parameters import MixtureParameters
-from mdn.density.queries import Queries, check_event
+from mdn.density.queries import Queries
+from mdn.density.targets import check_event
 
 
 class MultivariateNormalDiag(Queries, tfd.MultivariateNormalDiag):

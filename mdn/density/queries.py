@@ -12,20 +12,12 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
-from mdn.density import (
-    algebra,
-    entropy,
-    modes,
-    moments,
-    plain,
-    reduction,
-    regions,
-    scores,
-    univariate,
-)
+from mdn.density import algebra, modes, moments, plain, reduction, regions, scores
+from mdn.density import entropy as entropies
 from mdn.density.draws import as_seed, draw, temper
 from mdn.density.parameters import MixtureParameters, broadcast
-from mdn.errors import ConfigError, DataError
+from mdn.density.targets import TargetQueries, check_event, check_level
+from mdn.errors import DataError
 
 if TYPE_CHECKING:
     from mdn.density.mixture import GaussianMixture
@@ -43,120 +35,45 @@ class Reduction(NamedTuple):
     kl_bound: tf.Tensor
 
 
-def check_event(y: tf.Tensor, event_size: int) -> None:
-    """Raise a DataError unless the last axis of y is D; anything else would broadcast."""
-    if y.shape.rank == 0 or (y.shape.rank is not None and y.shape[-1] not in (event_size, None)):
-        raise DataError(
-            f"y has shape {y.shape} but the density has {event_size} targets: give "
-            f"[.., {event_size}]; a single target is [N, 1]"
-        )
-
-
 def _check_draws(n: int) -> None:
     if isinstance(n, int) and n < 2:
         raise DataError(f"n={n}: at least two draws have a spread")
 
 
-class Queries:
+class Queries(TargetQueries):
     """Mixed into a TFP distribution; as a tensor the distribution is its mean."""
 
     diagonal = False  # whether the type holds diagonal covariances only
 
-    log_prob: Any
-    quantile: Any
     mean: Any
     covariance: Any
-    dtype: Any
     batch_shape: Any
-    event_shape: Any
     parameters: dict[str, Any]
     parameter_properties: Any
 
-    def mixture_parameters(self) -> MixtureParameters:
-        """Return the density as the parameters of a Gaussian mixture, in the units of y."""
-        raise NotImplementedError
-
-    def tensors(self) -> dict[str, tf.Tensor]:
-        """Return the tensors that the constructor takes, by name: `type(d)(**d.tensors())`."""
-        return {name: getattr(self, name) for name in self.parameter_properties()}
-
-    # ------------------------------------------------------------------ margins
-    #
-    # Each target by itself, in the shape of y: for D = 1 that is the distribution function. TFP's
-    # `cdf`, `log_cdf`, `survival_function`, `log_survival_function` and `quantile` call these;
-    # those of several targets at once have no closed form.
-
-    def _margins(self) -> univariate.Margins:
-        return univariate.Margins.of(self.mixture_parameters())
-
-    def _cdf(self, y: tf.Tensor) -> tf.Tensor:
-        """Return P(Y_d <= y_d) of each target, [.., D]."""
-        return univariate.cdf(self._margins(), y)
-
-    def _log_cdf(self, y: tf.Tensor) -> tf.Tensor:
-        """Return log P(Y_d <= y_d) of each target, [.., D]."""
-        return univariate.log_cdf(self._margins(), y)
-
-    def _survival_function(self, y: tf.Tensor) -> tf.Tensor:
-        """Return P(Y_d > y_d) of each target, [.., D]."""
-        return univariate.survival(self._margins(), y)
-
-    def _log_survival_function(self, y: tf.Tensor) -> tf.Tensor:
-        """Return log P(Y_d > y_d) of each target, [.., D]."""
-        return univariate.log_survival(self._margins(), y)
-
-    def _quantile(self, probability: tf.Tensor) -> tf.Tensor:
-        """Return the quantiles of each target, [*S, .., D], of probabilities [*S]."""
-        return univariate.quantile(self._margins(), probability)
-
-    def interval(self, level: float | tf.Tensor) -> tf.Tensor:
-        """Return the central intervals of each target.
+    def log_prob(self, value: Any, name: str = "log_prob", **kwargs: Any) -> tf.Tensor:
+        """Return the log density of y.
 
         Args:
-            level: the probability of the interval, in (0, 1).
+            value: y, [.., D]; NaN marks a missing entry, which is marginalised.
+            name: prefix of the operations.
+            **kwargs: `complete=True` says that no entry is missing, for a smaller program.
 
         Returns:
-            [.., D, 2], the lower and the upper end, with (1 - level) / 2 beyond each.
+            [..], nats; zero where all D entries are missing.
 
         Raises:
-            ConfigError: the level is a number out of its range.
+            DataError: y has not D targets.
         """
-        if isinstance(level, float | int) and not 0.0 < level < 1.0:
-            raise ConfigError(f"level={level}: must be between 0 and 1, such as 0.9")
-        tail = 0.5 * (1.0 - tf.convert_to_tensor(level, self.dtype))
-        ends = self.quantile(tf.stack([tail, 1.0 - tail]))  # [2, .., D]
-        return tf.stack(tf.unstack(ends), axis=-1)
-
-    def crps(self, y: Any) -> tf.Tensor:
-        """Return the continuous ranked probability score of each target, in closed form.
-
-        Args:
-            y: [.., D]; NaN marks a missing entry.
-
-        Returns:
-            [.., D], in the units of y; NaN where y is.
-
-        Source:
-            Gneiting and Raftery (2007), Strictly proper scoring rules, prediction, and
-            estimation, JASA 102.
-        """
-        y = tf.convert_to_tensor(y, self.dtype)
-        check_event(y, self.event_shape[-1])
-        return univariate.crps(self._margins(), y)
-
-    # ------------------------------------------------------------------ moments
+        return tfd.Distribution.log_prob(self, value, name, **kwargs)
 
     def correlation(self) -> tf.Tensor:
         """Return the correlations between the targets: [.., D, D]."""
         return moments.correlation(self.covariance())
 
-    def skewness(self) -> tf.Tensor:
-        """Return E[(y_d - mean_d)^3] / stddev_d^3 of each target: [.., D]."""
-        return moments.skewness(self._margins())
-
-    def kurtosis(self) -> tf.Tensor:
-        """Return E[(y_d - mean_d)^4] / stddev_d^4 - 3 of each target: [.., D]; 0 of a normal."""
-        return moments.kurtosis(self._margins())
+    def tensors(self) -> dict[str, tf.Tensor]:
+        """Return the tensors that the constructor takes, by name: `type(d)(**d.tensors())`."""
+        return {name: getattr(self, name) for name in self.parameter_properties()}
 
     # ------------------------------------------------------------------ other mixtures
 
@@ -312,8 +229,11 @@ class Queries:
 
     # ------------------------------------------------------------------ modes and regions
 
+    def mode(self, name: str = "mode", **kwargs: Any) -> tf.Tensor:
+        """Return the highest of `modes()`: [.., D]."""
+        return tfd.Distribution.mode(self, name, **kwargs)
+
     def _mode(self) -> tf.Tensor:
-        """Return the highest of `modes()`, [.., D]."""
         return self.modes().loc[..., 0, :]
 
     def modes(self) -> modes.Modes:
@@ -343,22 +263,26 @@ class Queries:
             with `intervals` [.., K, 2], whose union the region is, and `mask` [.., K], which of
             them there are.
 
+        Raises:
+            ConfigError: the level is a number out of its range.
+            DataError: n is less than two.
+
         Source:
             Hyndman (1996), Computing and graphing highest density regions, The American
             Statistician 50.
-
-        Raises:
-            DataError: the level is not in (0, 1), or n is less than two.
         """
         _check_draws(n)
-        if isinstance(level, int | float) and not 0.0 < level < 1.0:
-            raise DataError(f"level={level}: give a probability between 0 and 1")
-        level = tf.convert_to_tensor(level, self.dtype)
-        parameters = self.mixture_parameters()
+        check_level(level)
+        return self._region(tf.convert_to_tensor(level, self.dtype), n, as_seed(seed))
+
+    def _region(self, level: tf.Tensor, n: int, seed: tf.Tensor) -> regions.Region:
         if self.event_shape[-1] == 1:
-            return regions.line_region(parameters, level)
-        draws = draw(parameters, tf.constant(n), as_seed(seed))
-        return regions.Region(regions.sampled_threshold(self.log_prob(draws), level))
+            return regions.line_region(self.mixture_parameters(), level)
+        return self._sampled_region(level, n, seed)
+
+    def _sampled_region(self, level: tf.Tensor, n: int, seed: tf.Tensor) -> regions.Region:
+        log_prob = self.log_prob(self.sample(n, seed))
+        return regions.Region(regions.sampled_threshold(log_prob, level))
 
     def pit(self, y: Any) -> tf.Tensor:
         """Return Rosenblatt's transform of y: each target's rank given those before it.
@@ -435,11 +359,14 @@ class Queries:
 
     # ------------------------------------------------------------------ information
 
+    def entropy(self, name: str = "entropy", **kwargs: Any) -> tf.Tensor:
+        """Return the estimate of `entropy_estimate(n=, seed=)`: [..], nats; exact where K = 1."""
+        return tfd.Distribution.entropy(self, name, **kwargs)
+
     def _entropy(self, n: int = 500, seed: Any = 0) -> tf.Tensor:
-        """Return the estimate of `entropy_estimate(n, seed)`, [..]; exact where K = 1."""
         return self.entropy_estimate(n, seed).estimate
 
-    def entropy_estimate(self, n: int = 500, seed: Any = 0) -> entropy.Entropy:
+    def entropy_estimate(self, n: int = 500, seed: Any = 0) -> entropies.Entropy:
         """Return the entropy in nats: estimated by draws, and bounded in closed form.
 
         Args:
@@ -460,8 +387,8 @@ class Queries:
         """
         _check_draws(n)
         parameters = self.mixture_parameters()
-        lower, upper = entropy.bounds(parameters)
-        return entropy.Entropy(*entropy.estimate(parameters, n, as_seed(seed)), lower, upper)
+        lower, upper = entropies.bounds(parameters)
+        return entropies.Entropy(*entropies.estimate(parameters, n, as_seed(seed)), lower, upper)
 
     def energy_score(self, y: Any, n: int = 100, seed: Any = 0) -> tf.Tensor:
         """Return the energy score E|Y - y| - E|Y - Y'| / 2, estimated without bias by draws.
@@ -484,7 +411,7 @@ class Queries:
         _check_draws(n)
         y = tf.convert_to_tensor(y, self.dtype)
         check_event(y, self.event_shape[-1])
-        return scores.energy_score(self.mixture_parameters(), y, n, as_seed(seed))
+        return scores.energy_score(self.sample(n, as_seed(seed)), y)
 
     # ------------------------------------------------------------------ plain arrays, text
 

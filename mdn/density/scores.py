@@ -8,7 +8,6 @@ from __future__ import annotations
 import tensorflow as tf
 from tensorflow_probability.python.internal import special_math
 
-from mdn.density.draws import draw
 from mdn.density.gaussian import whiten_observed
 from mdn.density.parameters import MixtureParameters, broadcast
 
@@ -52,16 +51,12 @@ def pit(parameters: MixtureParameters, y: tf.Tensor) -> tf.Tensor:
     return tf.where(missing[..., 0, :], tf.constant(float("nan"), found.dtype), found)
 
 
-def energy_score(
-    parameters: MixtureParameters, y: tf.Tensor, n: int, seed: tf.Tensor
-) -> tf.Tensor:
+def energy_score(draws: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
     """Return an unbiased estimate of E|Y - y| - E|Y - Y'| / 2.
 
     Args:
-        parameters: batch [..].
+        draws: of Y, [S, .., D], at least two; each is compared with y and with the next.
         y: [.., D], NaN marks a missing entry, which is left out of the lengths.
-        n: draws of Y, at least two; each is compared with y and with the next.
-        seed: int32 [2].
 
     Returns:
         [..], in the units of y.
@@ -70,7 +65,6 @@ def energy_score(
         Gneiting and Raftery (2007), Strictly proper scoring rules, prediction, and estimation,
         JASA 102.
     """
-    draws = draw(parameters, tf.constant(n), seed)  # [S, .., D]
     missing = tf.math.is_nan(y)
 
     def distance(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:

@@ -14,8 +14,11 @@ import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
+from mdn.density.draws import draw
 from mdn.density.parameters import MixtureParameters
-from mdn.density.queries import Queries, check_event, draw
+from mdn.density.queries import Queries
+from mdn.density.regions import Region
+from mdn.density.targets import check_event
 from mdn.errors import ConfigError
 
 # Of the Gauss-Hermite rule, exact for polynomials of degree 127.
@@ -104,6 +107,20 @@ class Transformed(Queries, tfd.TransformedDistribution):
 
     def _call_sample_n(self, sample_shape: Any, seed: Any, **kwargs: Any) -> tf.Tensor:
         return self.bijector.forward(self.distribution.sample(sample_shape, seed, **kwargs))
+
+    def _region(self, level: tf.Tensor, n: int, seed: tf.Tensor) -> Region:
+        return self._sampled_region(level, n, seed)  # also of one target
+
+    def pit(self, y: Any) -> tf.Tensor:
+        """Return `distribution.pit` of u: [.., D]; NaN where y is or is outside of the domain."""
+        u = self._inverse(tf.convert_to_tensor(y, self.dtype))
+        return self.distribution.pit(tf.where(tf.math.is_inf(u), tf.constant(np.nan, u.dtype), u))
+
+    def responsibilities(self, y: Any) -> tf.Tensor:
+        """Return the probability of each component given y: [.., K]; NaN outside of the domain."""
+        u, _, inside = to_base(self.bijector, tf.convert_to_tensor(y, self.dtype))
+        found = self.distribution.responsibilities(u)
+        return tf.where(inside[..., tf.newaxis], found, tf.constant(np.nan, found.dtype))
 
     def mixture_parameters(self) -> MixtureParameters:
         """Raise: the density is no Gaussian mixture in the units of y.

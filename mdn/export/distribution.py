@@ -13,7 +13,8 @@ from typing import Any
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
-from mdn.density.queries import Queries, draw
+from mdn.density.draws import draw
+from mdn.density.queries import Queries
 from mdn.errors import ConfigError
 from mdn.export.saved_model import check_path, write_saved_model
 
