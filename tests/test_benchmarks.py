@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import em, ensemble
+from benchmarks import em, ensemble, exact
 from benchmarks.speed import __main__ as speed
 
 
@@ -28,6 +28,17 @@ def test_ensemble(monkeypatch, capsys):
     ensemble.main()
     found = re.search(r"\| S \| ensemble \| .* \| (\d\.\d\d) \|", capsys.readouterr().out)
     assert float(found[1]) > 0
+
+
+@pytest.mark.slow
+def test_exact(monkeypatch, capsys, tmp_path):
+    page = tmp_path / "pages" / "exact.md"
+    monkeypatch.setattr(sys, "argv", ["exact", "--rows=200", "--repeats=1", f"--output={page}"])
+    exact.main()
+    assert capsys.readouterr().out.strip() == page.read_text().strip()
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| `")]
+    assert len(rows) == len(exact.QUERIES)
+    assert sum(bool(re.search(r"\d\.\d\d \(", row)) for row in rows) == 3  # ratios to TFP
 
 
 @pytest.mark.slow
