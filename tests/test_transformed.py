@@ -278,3 +278,26 @@ def test_tfp_has_nothing_to_warn_of(caplog):
     assert set(density.parameter_properties()) == {"distribution", "bijector"}
     assert density.batch_shape == [3]
     assert not caplog.records
+
+
+def test_ranks_regions_and_components_are_those_of_the_transformed_targets():
+    rng = np.random.default_rng(5)
+    base = random_mixture(rng, [4], 3, 2)
+    density = Transformed(base, tfb.Exp())
+    u = rng.normal(size=[4, 2])
+    y = np.exp(u)
+    np.testing.assert_allclose(density.pit(y), base.pit(u), rtol=1e-9)
+    np.testing.assert_allclose(density.responsibilities(y), base.responsibilities(u), rtol=1e-9)
+    y[0, 1], y[1, 0] = -1.0, np.nan  # outside of the domain, and missing
+    np.testing.assert_array_equal(np.isnan(density.pit(y)), [[0, 1], [1, 0], [0, 0], [0, 0]])
+    assert np.isnan(density.responsibilities(y)).any(axis=-1).tolist() == [True] + 3 * [False]
+    n = 20_000
+    inside = density.log_prob(density.sample(n, seed=2)) >= density.hdr(0.8, n=n).log_threshold
+    error = np.sqrt(2.0 * 0.8 * 0.2 / n)  # of the threshold, and of this check
+    assert np.abs(inside.numpy().mean(0) - 0.8).max() < 5.0 * error
+    score = density.energy_score(np.exp(u), 2000, seed=1).numpy()
+    draws = np.exp(base.sample(2000, seed=3).numpy())
+    to_y = np.linalg.norm(draws - np.exp(u), axis=-1)
+    between = np.linalg.norm(draws - np.roll(draws, 1, axis=0), axis=-1)
+    spread = np.sqrt((to_y.var(0) + 0.25 * 3.0 * between.var(0)) * 2.0 / 2000)
+    assert (np.abs(score - to_y.mean(0) + 0.5 * between.mean(0)) < 6.0 * spread).all()
