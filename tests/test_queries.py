@@ -443,6 +443,7 @@ ANSWERS = {
 OWN = ("log_prob", "correlation", "marginal", "condition", "sample", "responsibilities")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("i", range(4))
 def test_all_in_one_program_of_xla_with_gradients(i):
     """The batch size is not known to the program, and float32 is near float64."""

@@ -43,6 +43,7 @@ def densities(draw, types=TYPES, extreme=False):
     return make(*(part.astype(dtype) for part in (logits, loc, *scales)))
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(density=densities(), seed=st.integers(0, 100))
 def test_answers_have_the_shapes_that_they_state(density, seed):
@@ -99,6 +100,7 @@ def test_answers_have_the_shapes_that_they_state(density, seed):
     np.testing.assert_array_equal(again.log_prob(y), density.log_prob(y))
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(density=densities(), seed=st.integers(0, 100), data=st.data())
 def test_identities(density, seed, data):
@@ -124,6 +126,7 @@ def test_identities(density, seed, data):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(density=densities(types=("tril", "diag"), extreme=True))
 def test_extremes_are_finite(density):
