@@ -1,0 +1,49 @@
+"""The pages under docs say what the code does: their examples print what stands below them."""
+
+import doctest
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "density.md"
+
+
+def test_examples_print_what_the_page_says():
+    found = doctest.testfile(str(PAGE), module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert found.attempted > 30
+    assert found.failed == 0
+
+
+def test_each_question_has_an_example():
+    questions = PAGE.read_text().split("\n## ")[1:]
+    assert len(questions) > 10
+    for question in questions:
+        title = question.splitlines()[0]
+        assert title.endswith("?")
+        assert ">>> " in question, title
+
+
+def test_links_lead_somewhere():
+    for page in DOCS.rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+def test_pictures_are_those_of_the_command(tmp_path):
+    command = re.search(r"`python (docs/\S+\.py)`", PAGE.read_text())[1]
+    arguments = [sys.executable, DOCS.parent / command, "--output", tmp_path]
+    subprocess.run(arguments, check=True, timeout=300)
+    shown = set(re.findall(r"\(density/(\w+\.png)\)", PAGE.read_text()))
+    assert shown == {path.name for path in tmp_path.iterdir()}
+    for name in shown:
+        committed, made = (image.imread(folder / name) for folder in (DOCS / "density", tmp_path))
+        assert committed.shape == made.shape
+        assert np.abs(committed - made).mean() < 0.02, name  # fonts differ a little
