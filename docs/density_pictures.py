@@ -43,7 +43,7 @@ def joint(axes: Any, levels: Any = (0.5, 0.9), color: str = BLUE) -> None:
     grid = np.stack(np.meshgrid(DURATIONS, MINUTES), axis=-1)
     thresholds = [GEYSER.hdr(level, n=20_000, seed=1).log_threshold.numpy() for level in levels]
     drawn = axes.contour(
-        DURATIONS, MINUTES, GEYSER.log_prob(grid).numpy(), sorted(thresholds), colors=color
+        DURATIONS, MINUTES, GEYSER.log_prob(grid).numpy(), sorted(thresholds), colors=color, linestyles="-"
     )
     names = dict(zip(drawn.levels, [f"{100 * level:.0f} %" for level in sorted(levels)[::-1]],
                      strict=True))  # fmt: skip
@@ -91,6 +91,7 @@ def condition(left: Any, right: Any) -> None:
         left.axvline(value, color=color, ls="--")
         curve(right, GEYSER.condition({0: value}), color, f"after {value} minutes")
     curve(right, WAIT, GREY, "in general")
+    right.set_ylim(0.0, 0.105)  # room for the legend
     right.legend(frameon=False, fontsize=8, loc="upper left")
 
 
