@@ -87,8 +87,8 @@ def test_mixture_is_the_mean_of_the_densities(kind, batch):
         np.testing.assert_allclose(mixture.log_prob(y), expected, rtol=1e-5, atol=1e-6)
     tensors = stacked.tensors()
     apart = [type(stacked)(**{k: t[m] for k, t in tensors.items()}) for m in range(M)]
-    for key, tensor in mixture_of(apart).tensors().items():
-        np.testing.assert_array_equal(tensor, mixture.tensors()[key])
+    for key, tensor in mixture_of(apart).tensors().items():  # to the rounding of the log weights
+        np.testing.assert_allclose(tensor, mixture.tensors()[key], rtol=4e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
