@@ -43,7 +43,12 @@ def joint(axes: Any, levels: Any = (0.5, 0.9), color: str = BLUE) -> None:
     grid = np.stack(np.meshgrid(DURATIONS, MINUTES), axis=-1)
     thresholds = [GEYSER.hdr(level, n=20_000, seed=1).log_threshold.numpy() for level in levels]
     drawn = axes.contour(
-        DURATIONS, MINUTES, GEYSER.log_prob(grid).numpy(), sorted(thresholds), colors=color, linestyles="-"
+        DURATIONS,
+        MINUTES,
+        GEYSER.log_prob(grid).numpy(),
+        sorted(thresholds),
+        colors=color,
+        linestyles="-",
     )
     names = dict(zip(drawn.levels, [f"{100 * level:.0f} %" for level in sorted(levels)[::-1]],
                      strict=True))  # fmt: skip
