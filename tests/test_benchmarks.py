@@ -45,10 +45,10 @@ def test_exact(monkeypatch, capsys, tmp_path):
 def test_speed(capsys, tmp_path):
     sizes = ["--rows", "512", "--repeats", "1", "--workloads", "S"]
     where = ["--contenders", "mdn,keras", "--json", str(tmp_path / "speed.json")]
-    sections = ["--sections", "race,streaming"]
+    sections = ["--sections", "race,streaming,inference"]
     assert speed.main([*sizes, *where, *sections, "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for title in ("A training step", "All agree", "Parquet"):
+    for title in ("A training step", "All agree", "Parquet", "Answers"):
         assert title in printed
     assert "Not measured" not in printed
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")

@@ -24,8 +24,8 @@ from benchmarks.speed.contenders import CONTENDERS, MDN  # noqa: E402
 from benchmarks.speed.report import Results, markdown  # noqa: E402
 from benchmarks.speed.workloads import ROWS, WORKLOADS  # noqa: E402
 
-SECTIONS = ("race", "precision", "cost", "memory", "ensembles", "streaming")
-BASE = "M"  # what cost, ensembles and streaming are measured on
+SECTIONS = ("race", "precision", "cost", "memory", "ensembles", "streaming", "inference")
+BASE = "M"  # what cost, ensembles, streaming and inference are measured on
 OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
 
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.ensembles = sections.ensembles(base, options.repeats)
     if "streaming" in options.sections:
         results.streaming = sections.streaming(base, options.repeats)
+    if "inference" in options.sections:
+        results.inference = sections.inference(base, options.repeats)
     print(markdown(results))
     if options.json is not None:
         results.write_json(options.json)

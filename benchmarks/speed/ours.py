@@ -21,6 +21,7 @@ from mdn.base import TrainedModel
 from mdn.data.pipeline import training_batches
 from mdn.data.rows import Rows
 from mdn.data.tabular import Parquet
+from mdn.inference import RowProgram
 
 
 def with_start(problem: Problem, head: str = "Mixture") -> Problem:
@@ -140,6 +141,34 @@ class Network(OnArrays):
         self.model = SquaresModel(backbone, w.outputs)
         self.model(problem.x[:1])
         self.model.compile(tf_keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON))
+
+
+class Scores(Ours):
+    """What `mdn` says of rows it is given: their log densities, or the means."""
+
+    def __init__(self, problem: Problem, question: str) -> None:
+        super().__init__(problem)
+        self.question = question
+
+    def train(self, epochs: int) -> None:
+        for _ in range(epochs):
+            if self.question == "log_prob":
+                self.model.log_prob(self.problem.x, self.problem.y)
+            else:
+                self.model.predict(self.problem.x, verbose=0)
+
+
+class Forward(Network):
+    """The network alone: its P outputs for all rows, by the same batches as `Scores`."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.program = RowProgram(self.model.call, jit_compile=True)
+
+    def train(self, epochs: int) -> None:
+        for _ in range(epochs):
+            for _, outputs in self.program([self.problem.x], self.problem.workload.batch):
+                outputs.numpy()
 
 
 class Members(OnArrays):

@@ -44,6 +44,7 @@ class Results:
         memory: workload -> label -> MiB, see `benchmarks.speed.memory.measure`.
         ensembles: of 1, 5 and 20 members.
         streaming: rows in memory, rows read anew.
+        inference: the bare network, and answers of the model.
     """
 
     command: str
@@ -55,6 +56,7 @@ class Results:
     memory: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     ensembles: list[Entrant] = dataclasses.field(default_factory=list)
     streaming: list[Entrant] = dataclasses.field(default_factory=list)
+    inference: list[Entrant] = dataclasses.field(default_factory=list)
     machine: dict[str, Any] = dataclasses.field(default_factory=lambda: describe_machine())
 
     def write(self, folder: Path) -> None:
@@ -131,6 +133,9 @@ def markdown(results: Results, image: str = "") -> str:
     if results.streaming:
         title = "Rows read anew in every epoch, from Parquet files"
         parts.append(_lineup(title, results.streaming))
+    if results.inference:
+        title = "Answers for many rows"
+        parts.append(_lineup(title, results.inference, "a batch of rows"))
     if failures := _failures(results):
         parts.append("## Not measured\n\n" + "\n".join(f"- {line}" for line in failures) + "\n")
     return "\n".join(parts)
@@ -273,12 +278,12 @@ def _memory(memory: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     )
 
 
-def _lineup(title: str, entrants: Sequence[Entrant]) -> str:
+def _lineup(title: str, entrants: Sequence[Entrant], step: str = "a training step") -> str:
     first = entrants[0]
     lines = [
         [e.label, _microseconds(e), "1" if e is first else _ratio(e, first)] for e in entrants
     ]
-    header = ["", "a training step, us", f"multiple of {first.label}"]
+    header = ["", f"{step}, us", f"multiple of {first.label}"]
     return (
         f"## {title}\n\n{first.workload.name}: {first.workload}, N {first.workload.rows:,}.\n\n"
         f"{_table(header, lines)}"
@@ -287,7 +292,7 @@ def _lineup(title: str, entrants: Sequence[Entrant]) -> str:
 
 def _failures(results: Results) -> list[str]:
     groups = [*results.race.values(), *results.precision.values(), *results.cost.values()]
-    groups += [results.ensembles, results.streaming]
+    groups += [results.ensembles, results.streaming, results.inference]
     lines = [
         f"{entrant.workload.name}, {entrant.label}: {entrant.failure}"
         for group in groups

@@ -16,12 +16,14 @@ from benchmarks.speed import ours
 from benchmarks.speed.contenders import NETWORK, PRECISION, Contender
 from benchmarks.speed.measure import START_ROWS, Entrant, disagreements, not_installed, race
 from benchmarks.speed.workloads import Problem, Workload, draw, reference_loss
+from mdn.inference import largest_batch
 
 # Whose memory is looked at, of those that take part.
 _MEMORY = ("mdn", "keras", "torch-solve", "jax-rows")
 DOUBLINGS = 4
 MEMBERS = (1, 5, 20)
 STREAMED_ROWS = 16  # times those of the workload
+SCORED_ROWS = 64  # likewise: a million
 
 
 def compete(
@@ -112,6 +114,24 @@ def streaming(workload: Workload, repeats: int) -> list[Entrant]:
             for label, stream in (("in memory", False), ("streamed", True))
         ]
         race(entrants, repeats)
+    return entrants
+
+
+def inference(workload: Workload, repeats: int) -> list[Entrant]:
+    """Race the bare network, log densities, and means; a step is a batch of rows."""
+    batch = largest_batch(workload.outputs)
+    workload = dataclasses.replace(
+        workload, rows=SCORED_ROWS * workload.rows, batch=batch, epochs=1
+    )
+    problem = ours.with_start(draw(workload))
+    entrants = [
+        Entrant("forward", "the bare network", workload, lambda: ours.Forward(problem)),
+        *(
+            Entrant(question, f"`{question}`", workload, partial(ours.Scores, problem, question))
+            for question in ("log_prob", "predict")
+        ),
+    ]
+    race(entrants, repeats)
     return entrants
 
 
