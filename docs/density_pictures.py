@@ -152,7 +152,8 @@ def draws(*panels: Any) -> None:
 
 def reduce(axes: Any) -> None:
     many = mdn.mixture_of([GEYSER, GEYSER.affine(shift=[0.02, 0.5])])
-    curve(axes, many.marginal(1), GREY, "4 components")
+    axes.plot(MINUTES, prob(many.marginal(1)), color=GREY, alpha=0.4, lw=5, label="4 components")
+    axes.set(xlabel="wait, minutes", ylabel="density, 1/minute", ylim=(0.0, None))
     for k, color in ((2, BLUE), (1, ORANGE)):
         merged, bound = many.reduce(k)
         axes.plot(MINUTES, prob(merged.marginal(1)), "--", color=color,

