@@ -192,11 +192,6 @@ def _check_ensemble(members: int, groups: dict[str, Any]) -> None:
             f"{asked}: a stream gives all members the same rows; read them into memory, or set "
             "ensemble=1"
         )
-    if groups["optimizer"].get("global_clipnorm") is not None:
-        raise ConfigError(
-            f"{asked}: optimizer.global_clipnorm={groups['optimizer']['global_clipnorm']} would "
-            "clip all members by one norm; set optimizer.global_clipnorm=null"
-        )
 
 
 def make(config: DictConfig, key: str, **kwargs: Any) -> Any:

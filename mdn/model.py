@@ -21,6 +21,7 @@ from mdn import backbones, losses
 from mdn.base import TrainedModel
 from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Features, Rows
+from mdn.data.splits import thin
 from mdn.density.queries import Queries
 from mdn.density.transformed import rebuilder
 from mdn.errors import ConfigError, DataError, RunError
@@ -29,6 +30,9 @@ from mdn.heads import Diag, Head, MixtureDiag
 from mdn.inference import RowProgram, largest_batch
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
+
+PARTS = ("head", "backbone", "encoder", "embedding")
+MOST_ROWS = 200_000  # that an embedding is fitted to
 
 
 @register
@@ -40,6 +44,7 @@ class MDN(TrainedModel):
         backbone: a Keras model or layer [.., F] -> [.., H]; default `mdn.backbones.MLP()`.
         encoder: raw features to [.., F]; by default `adapt` takes `mdn.features.Standardize` for
             a matrix and `mdn.features.Columns` for a mapping of columns.
+        embedding: of encoded features, such as `mdn.embeddings.PiecewiseLinear()`; or None.
         **kwargs: as for any Keras model.
 
     Called on x ([B, F], [B, T, F], or a mapping of columns [B]) it returns a density with batch
@@ -53,6 +58,7 @@ class MDN(TrainedModel):
         head: Head,
         backbone: tf_keras.layers.Layer | None = None,
         encoder: Standardize | Columns | None = None,
+        embedding: tf_keras.layers.Layer | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -63,6 +69,7 @@ class MDN(TrainedModel):
         self.head = head
         self.backbone = backbones.MLP() if backbone is None else backbone
         self.encoder: Any = encoder
+        self.embedding: Any = embedding
         self.missing = "error"
         self._feature_rank: int | None = None  # 2 or 3, known from `adapt` on
         self._score: losses.Loss = losses.nll
@@ -93,6 +100,8 @@ class MDN(TrainedModel):
         self.missing = missing
         check_rows(x, y, missing)
         self.encoder.adapt(x)
+        if self.embedding is not None:
+            self.embedding.adapt(self._encoded(x))
         self.head.adapt(self.known_targets(x, y), seed=seed)
         self._build_network(2 if isinstance(x, dict) else x.ndim)
 
@@ -136,12 +145,26 @@ class MDN(TrainedModel):
         return self.head(self._hidden(inputs, training))
 
     def _hidden(self, inputs: Any, training: bool | None) -> tf.Tensor:
-        return self.backbone(self.encoder(inputs), training=training)  # [.., F] to [.., H]
+        return self.backbone(self.features(inputs), training=training)  # [.., F'] to [.., H]
+
+    def features(self, inputs: Any) -> tf.Tensor:
+        """Return what the backbone takes, [.., F'], of raw features or their codes."""
+        features = self.encoder(inputs)
+        return features if self.embedding is None else self.embedding(features)
+
+    def _encoded(self, x: Features) -> np.ndarray:
+        """Return train rows as the encoder encodes them; some of them, where there are many."""
+        n = len(next(iter(x.values())) if isinstance(x, dict) else x)
+        some = thin(n, MOST_ROWS)
+        if isinstance(x, dict):
+            return self.encoder(as_tensors({k: v[some] for k, v in x.items()})).numpy()
+        return self.encoder(tf.constant(x[some], tf_keras.backend.floatx())).numpy()
 
     @property
     def parts(self) -> list[Any]:
         """The layers and variables that the density is computed from."""
-        return [self.encoder, self.backbone, self.head]
+        embedding = [] if self.embedding is None else [self.embedding]
+        return [self.encoder, *embedding, self.backbone, self.head]
 
     @property
     def xla(self) -> bool:
@@ -433,15 +456,14 @@ class MDN(TrainedModel):
 
     def get_config(self) -> dict[str, Any]:
         serialize = tf_keras.saving.serialize_keras_object
-        parts = {"head": self.head, "backbone": self.backbone, "encoder": self.encoder}
-        parts = {name: serialize(part) for name, part in parts.items()}
+        parts = {name: serialize(getattr(self, name)) for name in PARTS}
         return {"name": self.name, "missing": self.missing, **parts}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> MDN:
         parts = {
-            name: tf_keras.saving.deserialize_keras_object(config[name], custom_objects)
-            for name in ("head", "backbone", "encoder")
+            name: tf_keras.saving.deserialize_keras_object(config.get(name), custom_objects)
+            for name in PARTS
         }
         model = cls(name=config["name"], **parts)
         model.missing = config["missing"]
