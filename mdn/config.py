@@ -79,6 +79,7 @@ def check_config(config: DictConfig) -> None:
     groups: dict[str, Any] = {str(name): values.pop(name, None) for name in GROUPS}
     callbacks = values.pop("callbacks", None) or {}
     comparison = values.pop("comparison", None)
+    embedding = values.pop("embedding", None)
     _check(TopOptions, values, "")
     for name, group in groups.items():
         if not isinstance(group, dict) or "_target_" not in group:
@@ -97,7 +98,7 @@ def check_config(config: DictConfig) -> None:
     if model["_target_"] == FITTED and values["init_from"] is not None:
         raise ConfigError("init_from: model=distribution starts from model.initial; leave it out")
     nodes = groups | {f"callbacks.{name}": node for name, node in callbacks.items()}
-    nodes["comparison"] = comparison
+    nodes |= {"comparison": comparison, "embedding": embedding}
     for name, group in nodes.items():
         if group is not None and group.get("_target_") in OPTIONS:
             _check(OPTIONS[group["_target_"]], group, f"{name}.")

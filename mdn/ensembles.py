@@ -113,6 +113,7 @@ class Ensemble(MDN):
         self.missing = "error"
         self._feature_rank: int | None = None
         self._score: losses.Loss = losses.nll
+        self._jitter = None
         self._programs = types.SimpleNamespace()
         self._rebuild: Any = None
         self._trackers.members = MemberMeans(self.members)
@@ -360,7 +361,7 @@ class Ensemble(MDN):
         jit_compile: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        """Configure training as `MDN.compile` does.
+        """Configure training as `MDN.compile` does; the jitter of each member is its own.
 
         Raises:
             ConfigError: the optimizer clips the norm of each variable, which is that of all
@@ -452,24 +453,26 @@ class Ensemble(MDN):
     ) -> tuple[tf.Tensor, Queries]:
         hidden, batch = self._members_hidden(x, training)
         density = self._densities(hidden, batch)  # which XLA leaves out where nothing asks for it
-        own = self._is_stacked(x)
+        own, y = self._is_stacked(x), self._jittered(y, training)
         if not own:  # the same rows for all
             y = y[tf.newaxis]
             sample_weight = None if sample_weight is None else sample_weight[tf.newaxis]
         filled, counted = self._fill(x, y)  # [M, B] or [M, B, T]; M = 1 where all have the same
         complete = self._loop.complete.get("train" if training else "test", False)
-        if own and complete and self._score is losses.nll:
+        loss, nll = self._scores(training)
+        if own and complete and loss is losses.nll:
             score = -self._log_prob(hidden, filled)
         else:
-            score = self._score(filled, density)
+            score = loss(filled, density)
         means, count = self._means(score, counted, sample_weight)  # [M]
-        nll = self._nll(filled, density)
-        nlls = means if nll is None else self._means(nll, counted, sample_weight)[0]
+        nlls = means
+        if nll is not None:
+            nlls, _ = self._means(nll(filled, density), counted, sample_weight)
         self._trackers.members.update_state(nlls, sample_weight=count)
         if not own:
             weight = None if sample_weight is None else sample_weight[0]
             density = mixture_of(density)
-            return self.compute_loss(x, y[0], density, weight), density
+            return self.compute_loss(x, y[0], density, weight, training), density
         self._trackers.nll.update_state(nlls, sample_weight=count)
         self._trackers.loss.update_state(means, sample_weight=count)
         # The sum: the gradient by a member's weights is then that of its own loss.

@@ -18,6 +18,7 @@ import tensorflow as tf
 import tf_keras
 
 from mdn import backbones, losses
+from mdn import jitter as jitters
 from mdn.base import TrainedModel
 from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Features, Rows
@@ -73,6 +74,7 @@ class MDN(TrainedModel):
         self.missing = "error"
         self._feature_rank: int | None = None  # 2 or 3, known from `adapt` on
         self._score: losses.Loss = losses.nll
+        self._jitter: jitters.Jitter | None = None
         # In a namespace, as Keras looks into what attributes hold.
         self._programs = types.SimpleNamespace()
         self._rebuild: Any = None
@@ -175,6 +177,7 @@ class MDN(TrainedModel):
         optimizer: Any = "adam",
         loss: str | dict[str, Any] | losses.Loss = "nll",
         *,
+        jitter: Any = None,
         jit_compile: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -184,12 +187,22 @@ class MDN(TrainedModel):
             optimizer: a Keras optimizer or its name.
             loss: a name of `mdn.losses.LOSSES`, {"name": .., option: value, ..}, or a function
                 of (y, density) to [B].
+            jitter: True adds noise to targets on a grid, see `mdn.jitter.Jitter`; or the steps of
+                their grids, [D]. The NLL of validation rows is then that of the cells around
+                them, see `mdn.losses.CellNLL`.
             jit_compile: see `CompiledModel.compile`.
             **kwargs: as for `tf_keras.Model.compile`; metrics see the mean of the density.
 
         Raises:
-            ConfigError: the loss is unknown, or has no closed form for the head's density.
+            ConfigError: the loss is unknown, or has no closed form for the head's density; or
+                there is no jitter of transformed targets.
         """
+        self._jitter = jitters.get(jitter, self.head.grid)
+        if self._jitter is not None and self.head.target_transform is not None:
+            raise ConfigError(
+                f"target_transform={self.head.target_transform}: noise could leave its domain; "
+                "train without jitter"
+            )
         self._score = losses.get(loss, self.head.grid)
         self._check_score()
         if not isinstance(loss, str) or loss == "interval_nll":
@@ -219,18 +232,39 @@ class MDN(TrainedModel):
             )
 
     def compute_loss(
-        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
     ) -> tf.Tensor:
         """Return the mean of weight times score over the batch, plus regularisation: a scalar.
 
         Rows without any observed target, and padded steps, count nothing.
         """
         y, counted = self._fill(x, y)
-        return self._mean(self._score(y, y_pred), counted, sample_weight, self._nll(y, y_pred))
+        score, nll = self._scores(training)
+        rest = None if nll is None else nll(y, y_pred)
+        return self._mean(score(y, y_pred), counted, sample_weight, rest)
 
-    def _nll(self, y: tf.Tensor, density: Queries) -> tf.Tensor | None:
-        """Return the NLL for the metric of that name, where it is not the loss."""
-        return None if self._score is losses.nll else losses.nll(y, density)
+    def _scores(self, training: bool) -> tuple[losses.Loss, losses.Loss | None]:
+        """Return the loss; and the NLL for the metric of that name, where it is not the loss."""
+        nll: losses.Loss = losses.nll
+        if self._jitter is not None and not training:
+            nll = losses.CellNLL(self._jitter.step)
+        return (nll, None) if self._score is losses.nll else (self._score, nll)
+
+    def _jittered(self, y: tf.Tensor, training: bool) -> tf.Tensor:
+        if self._jitter is None or not training:
+            return y
+        return self._jitter(y, self.optimizer.iterations)
+
+    def get_compile_config(self) -> dict[str, Any]:
+        config = super().get_compile_config()
+        if config and self._jitter is not None:
+            config["jitter"] = tf_keras.saving.serialize_keras_object(self._jitter)
+        return config
 
     def _fill(self, x: Any, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Return y with numbers in the rows that count nothing, and which rows count."""
@@ -272,13 +306,15 @@ class MDN(TrainedModel):
     def forward(
         self, x: Any, y: Any, sample_weight: Any, training: bool
     ) -> tuple[tf.Tensor, Queries]:
-        if self._loop.complete.get("train" if training else "test") and self._score is losses.nll:
+        y = self._jittered(y, training)
+        complete = self._loop.complete.get("train" if training else "test")
+        if complete and self._scores(training)[0] is losses.nll:
             y, counted = self._fill(x, y)
             hidden = self._hidden(x, training)
             loss = self._mean(-self.head.log_prob(hidden, y), counted, sample_weight)
             return loss, self.head(hidden)  # which XLA leaves out where no metric asks for it
         density = self(x, training=training)
-        return self.compute_loss(x, y, density, sample_weight), density
+        return self.compute_loss(x, y, density, sample_weight, training), density
 
     def predict_step(self, data: Any) -> tf.Tensor:
         x, _, _ = tf_keras.utils.unpack_x_y_sample_weight(data)

@@ -16,6 +16,8 @@ import tf_keras
 from omegaconf import DictConfig, OmegaConf
 
 from mdn.base import TrainedModel
+from mdn.budget import epoch_steps, is_random, settle
+from mdn.callbacks.averaging import AveragedWeights
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.interrupt import Interrupt
@@ -61,10 +63,11 @@ def train(
     seed_everything(config)
     ignored = config.model._target_ == GENERATIVE and "missing" in config.data
     data: Data = make(config, "data", **({"missing": "indicator"} if ignored else {})).load()
+    config = settle(config, data)
     check_batch_size(data.train_rows, config.trainer.batch_size)
     with strategy.scope():
         model = build_model(config, data)
-        compile_model(model, config, data.train_rows // config.trainer.batch_size)
+        compile_model(model, config, epoch_steps(config, data))
     chief = is_chief(strategy)
     callbacks, checkpoint = make_callbacks(config, data, directory, chief)
     callbacks.append(first_step)
@@ -108,10 +111,12 @@ def compile_model(model: TrainedModel, config: DictConfig, steps: int) -> None:
         steps: train steps an epoch.
     """
     trainer = config.trainer
-    options = {}
+    options: dict[str, Any] = {}
+    if trainer.ema is not None:
+        options |= {"use_ema": True, "ema_momentum": trainer.ema}
     if trainer.schedule == "cosine":
         total, peak = steps * trainer.epochs, config.optimizer.learning_rate
-        warmup = round(trainer.warmup * total)
+        warmup = round(trainer.warmup * (total if trainer.warmup < 1 else 1))
         options["learning_rate"] = tf_keras.optimizers.schedules.CosineDecay(
             initial_learning_rate=0.0 if warmup else peak,
             decay_steps=total - warmup,
@@ -119,8 +124,10 @@ def compile_model(model: TrainedModel, config: DictConfig, steps: int) -> None:
             warmup_steps=warmup,
         )
     optimizer = make(config, "optimizer", **options)
+    jitter = {"jitter": True} if trainer.jitter else {}
     model.compile(
         optimizer,
+        **jitter,
         loss=config.loss if isinstance(config.loss, str) else OmegaConf.to_container(config.loss),
         jit_compile=None if trainer.compiled else False,
         steps_per_execution=trainer.steps_per_execution,
@@ -161,6 +168,8 @@ def make_callbacks(
         if name != "checkpoint"
     ]
     callbacks += [NanGuard(data.train, data.features, data.targets), EpochLog()]
+    if config.trainer.ema is not None:
+        callbacks.append(AveragedWeights())  # behind those that read the weights
     folder = str(directory / "checkpoints")
     if "checkpoint" in nodes:
         checkpoint = make(
@@ -230,7 +239,7 @@ def finish(
     """Evaluate and export; `metrics.json` comes last and marks the run as finished."""
     model.save(directory / "model.keras")
     task = get_task(config)
-    rows = data.train_rows // config.trainer.batch_size * config.trainer.batch_size
+    rows = epoch_steps(config, data) * config.trainer.batch_size
     metrics = {
         **task.judge(model, data, progress.history, directory / "plots"),
         **data.notes,
@@ -256,7 +265,8 @@ def make_batches(
     """Return what a model learns from and what it is validated on.
 
     Member 0 of an ensemble has the rows of a single run. Of a random split, the other members hold
-    out as many rows, but others. Any other split stays as it is for all.
+    out as many rows, but others; with `folds`, each holds out one of so many parts of train and
+    validation rows together. Any other split stays as it is for all.
     """
     order = {
         "seed": config.seed,
@@ -274,8 +284,9 @@ def make_batches(
             n, kept = len(data.train), len(data.validation)
             arrays = tuple(map(np.concatenate, zip(arrays, held_out, strict=True)))
             rows = np.arange(n + kept)
-            one_set = data.validation is data.train  # so few that all rows do both
-            if config.data.get("split", "random") == "random" and not one_set:
+            if is_random(config, data):
+                if config.folds is not None:
+                    kept = (n + kept) // config.folds
                 rest = np.random.default_rng([config.seed, 0x656E73]).permutation(n)
                 learned, folds = draw_folds(np.append(rows[n:], rest), kept, config.ensemble)
             else:
@@ -285,6 +296,8 @@ def make_batches(
             held_out, order["members"], validation["members"] = arrays, learned, folds
             validation["complete"] = model.is_complete(arrays)
         order["complete"] = model.is_complete(arrays)
+        if config.trainer.steps is not None:
+            order["steps"] = epoch_steps(config, data)
         batches = training_batches(arrays, size, **order)
     return batches, evaluation_batches(
         held_out, EVALUATION_BATCH, chunk=batches.chunk, **validation
