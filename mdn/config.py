@@ -119,6 +119,7 @@ def check_config(config: DictConfig) -> None:
                 f"data=tfrecord is a stream: model={name} needs its rows in memory; use data=npz, "
                 "csv or parquet"
             )
+    _check_recipe(values, groups, embedding)
     if values["ensemble"] > 1:
         _check_ensemble(values["ensemble"], groups)
     if model["_target_"] == FITTED:
@@ -172,6 +173,39 @@ def _check_transform(transform: Any, values: dict[str, Any], model: dict[str, An
                 f"target_transform={name}: is unknown; choose one of {', '.join(TRANSFORMS)}, or "
                 "a class of tfp.bijectors such as Softplus"
             )
+
+
+def _check_recipe(values: dict[str, Any], groups: dict[str, Any], embedding: Any) -> None:
+    """Raise a ConfigError where an ingredient of a recipe has no meaning."""
+    trainer, model, data = values["trainer"], groups["model"], groups["data"]
+    if model["_target_"] in (FITTED, GENERATIVE):
+        name = "distribution" if model["_target_"] == FITTED else "vae"
+        if embedding is not None:
+            raise ConfigError(f"embedding: model={name} has none; leave it out")
+        if trainer["jitter"]:
+            raise ConfigError(f"trainer.jitter=true: model={name} has none; set it to false")
+    if trainer["jitter"] and values["target_transform"] is not None:
+        raise ConfigError(
+            "trainer.jitter=true: noise could leave the domain of target_transform; set "
+            "trainer.jitter=false"
+        )
+    if trainer["steps"] is not None and (data.get("stream") or data["_target_"] == STREAMED):
+        raise ConfigError(
+            f"trainer.steps={trainer['steps']}: an epoch of a stream is a pass over it; set "
+            "trainer.steps=null"
+        )
+    if values["ensemble"] == 1:
+        for name in ("folds", "recipe"):
+            if values[name] is not None:
+                raise ConfigError(
+                    f"{name}={values[name]}: needs members that hold out rows; set ensemble=5, or "
+                    f"{name}=null"
+                )
+    if values["recipe"] is not None:
+        if groups["backbone"]["_target_"] != STACKED[0]:
+            raise ConfigError(f"recipe={values['recipe']}: tries depths of backbone=mlp; use that")
+        if "weight_decay" not in groups["optimizer"]:
+            raise ConfigError(f"recipe={values['recipe']}: tries decays; use optimizer=adamw")
 
 
 def _check_ensemble(members: int, groups: dict[str, Any]) -> None:

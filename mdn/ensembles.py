@@ -120,7 +120,7 @@ class Ensemble(MDN):
         self.tracked = (*type(self).tracked, *self._trackers.members.names)
         # The scaling of y, in which the density is stated, is the template's and is the same for
         # all: as attributes its variables are saved with the ensemble's own.
-        self.y_loc, self.y_scale, self.floor = self.head.y_loc, self.head.y_scale, self.head.floor
+        self.statistics = self.head.statistics
 
     @property
     def stacked(self) -> int:
@@ -140,7 +140,7 @@ class Ensemble(MDN):
     def parts(self) -> list[Any]:
         """The layers and variables that the density is computed from."""
         embedding = [] if self.embedding is None else [self.embedding]
-        return [self.encoder, *embedding, self.y_loc, self.y_scale, self.floor, *self.stacked_weights]
+        return [self.encoder, *embedding, *self.statistics, *self.stacked_weights]
 
     @property
     def stacked_weights(self) -> list[tf.Variable]:
@@ -214,8 +214,8 @@ class Ensemble(MDN):
         member.encoder.set_weights(self.encoder.get_weights())
         for variable, value in zip(_weights(member), self.stacked_weights, strict=True):
             variable.assign(value[m])
-        for name in ("y_loc", "y_scale", "floor"):
-            getattr(member.head, name).assign(getattr(self.head, name))
+        for own, common in zip(member.head.statistics, self.statistics, strict=True):
+            own.assign(common)
         return member
 
     # ------------------------------------------------------------------ densities

@@ -51,7 +51,7 @@ class HeadOptions(Target):
 
 class MixtureOptions(HeadOptions):
     components: PositiveInt
-    background: Share | Literal["learned"]
+    background: Share | Literal["auto", "learned"]
     start: Literal["clusters", "centre"]
 
 
@@ -345,6 +345,7 @@ class TrainerOptions(Section):
 class TopOptions(Section):
     loss: Any
     ensemble: PositiveInt = 1
+    recipe: Literal["auto"] | None
     folds: Annotated[int, Field(ge=2)] | None
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     output_dir: str | None

@@ -73,9 +73,7 @@ class FusedAdam:
         members: M of an ensemble, each of which is clipped by a norm of its own.
     """
 
-    def __init__(
-        self, optimizer: Any, variables: Sequence[tf.Variable], members: int = 1
-    ) -> None:
+    def __init__(self, optimizer: Any, variables: Sequence[tf.Variable], members: int = 1) -> None:
         self.optimizer = optimizer
         self.variables, self.members = variables, members
         index = [optimizer._index_dict[optimizer._var_key(v)] for v in variables]

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 import benchmarks.uci
@@ -74,17 +73,17 @@ def run(options: argparse.Namespace) -> None:
                 bar.update(task, description=f"{name} {split}")
                 if not results.has(name, split, key):
                     start = time.perf_counter()
-                    model, data = fitter.fit(
+                    model, data, chosen = fitter.fit(
                         split, lambda share, done=done: bar.update(task, completed=done + share)
                     )
                     density = model.predict_distribution(data.test.x)
                     known = np.concatenate([data.train.y, data.validation.y])
                     scores = score(density, data.test.y, known)
                     seconds = time.perf_counter() - start
-                    results.add(name, split, key, {**scores, "seconds": seconds})
+                    results.add(name, split, key, {**scores, "seconds": seconds, "recipe": chosen})
                 bar.update(task, completed=done + 1)
     shown = {name: results.sets[name] for name in paths}
-    Console().print(Markdown(markdown(shown)))
+    print(markdown(shown), end="")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""Fits of the splits of one set, one after the other, by the same compiled program.
-
-Shape letters: D event size, N rows.
-"""
+"""Fits of the splits of one set, one after the other, by the same compiled program."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,43 @@ import tf_keras
 from omegaconf import DictConfig
 
 from mdn.budget import epoch_steps, settle
-from mdn.callbacks.averaging import AveragedWeights
-from mdn.callbacks.stopping import MemberStopping
 from mdn.config import compose_config, make
 from mdn.data.rows import Data
 from mdn.errors import DataError
+from mdn.preparation import compile_model
+from mdn.recipes import VARIANTS, best_of, fit_members, variant
 from mdn.tasks import build_model
-from mdn.training import compile_model, make_batches, seed_everything
+from mdn.training import seed_everything
+
+
+@dataclasses.dataclass
+class _Built:
+    """A compiled model, and how to make it as good as new for the next split.
+
+    Attributes:
+        model: an ensemble.
+        shape: of the rows that its program is for.
+        optimizer: the variables of the optimizer before the first step.
+    """
+
+    model: Any
+    shape: tuple[int, ...]
+    optimizer: list[np.ndarray]
+
+    def adapt(self, config: DictConfig, data: Data) -> None:
+        """Start anew on other rows, with the program that is there.
+
+        Raises:
+            DataError: the rows need another embedding.
+        """
+        self.model.adapt(data.train.x, data.train.y, seed=config.seed)
+        optimizer, weights = self.model.optimizer, self.model.trainable_variables
+        for variable, value in zip(optimizer.variables, self.optimizer, strict=True):
+            variable.assign(value)
+        if optimizer.use_ema:
+            averages = optimizer._model_variables_moving_average
+            for average, weight in zip(averages, weights, strict=True):
+                average.assign(weight)
 
 
 class Fitter:
@@ -33,71 +61,54 @@ class Fitter:
 
     def __init__(self, path: Path, overrides: list[str]) -> None:
         self.path, self.overrides = path, overrides
-        self._model: Any = None
-        self._start: list[np.ndarray] = []
-        self._shape: Any = None
+        self._built: dict[str, _Built] = {}
 
-    def config(self, split: int) -> DictConfig:
-        """Return the config of a run on this split."""
-        data = ["data=npz", f"data.path='{self.path}'", f"data.fold={split}"]
-        return compose_config(["experiment=tabular", *data, *self.overrides])
-
-    def fit(self, split: int, progress: Callable[[float], None]) -> tuple[Any, Data]:
-        """Return the model, trained on a split, and the rows of that split.
+    def fit(self, split: int, progress: Callable[[float], None]) -> tuple[Any, Data, str]:
+        """Return the model, trained on a split, the rows of that split, and the recipe's name.
 
         Args:
             split: its number.
             progress: called with the share of the training that is done.
         """
-        config = self.config(split)
-        seed_everything(config)
+        rows = ["data=npz", f"data.path='{self.path}'", f"data.fold={split}"]
+        config = compose_config(["experiment=tabular", *rows, *self.overrides])
         data: Data = make(config, "data").load()
-        config = settle(config, data)
-        model = self._adapted(config, data)
-        batches, held_out = make_batches(model, config, data, 0)
-        stopping = MemberStopping(patience=config.callbacks.early_stopping.patience)
-        callbacks = [stopping, AveragedWeights(), _Progress(progress, config.trainer.epochs)]
-        model.fit(
-            batches,
-            epochs=config.trainer.epochs,
-            validation_data=held_out,
-            callbacks=callbacks,
-            verbose=0,
-        )
-        return model, data
+        names = list(VARIANTS) if config.recipe == "auto" else list(VARIANTS)[:1]
+        scores = {}
+        for i, name in enumerate(names):
+            settled = settle(variant(config, name), data)
+            seed_everything(settled)
+            model = self._adapted(name, settled, data)
+            report = _Progress(progress, i, len(names), settled.trainer.epochs)
+            scores[name] = fit_members(model, settled, data, [report])
+        chosen = best_of(scores)
+        return self._built[chosen].model, data, chosen
 
-    def _adapted(self, config: DictConfig, data: Data) -> Any:
-        """Return the model as `build_model` does: that of the last split, made as good as new."""
+    def _adapted(self, name: str, config: DictConfig, data: Data) -> Any:
+        """Return the model as `build_model` and `compile_model` leave it."""
         steps = epoch_steps(config, data)
         shape = len(data.train), len(data.validation), len(data.test), steps
-        if self._model is not None and shape == self._shape:
+        built = self._built.get(name)
+        if built is not None and built.shape == shape:
             try:
-                self._model.adapt(data.train.x, data.train.y, seed=config.seed)
-                self._restart()
-                return self._model
+                built.adapt(config, data)
+                return built.model
             except DataError:  # a split whose features have other values
                 pass
-        self._shape = shape
-        self._model = build_model(config, data)
-        compile_model(self._model, config, steps)
-        self._model.optimizer.build(self._model.trainable_variables)
-        self._start = [variable.numpy() for variable in self._model.optimizer.variables]
-        return self._model
-
-    def _restart(self) -> None:
-        optimizer, weights = self._model.optimizer, self._model.trainable_variables
-        for variable, value in zip(optimizer.variables, self._start, strict=True):
-            variable.assign(value)
-        if optimizer.use_ema:
-            averages = optimizer._model_variables_moving_average
-            for average, weight in zip(averages, weights, strict=True):
-                average.assign(weight)
+        model = build_model(config, data)
+        compile_model(model, config, steps)
+        model.optimizer.build(model.trainable_variables)
+        start = [variable.numpy() for variable in model.optimizer.variables]
+        self._built[name] = _Built(model, shape, start)
+        return model
 
 
 class _Progress(tf_keras.callbacks.Callback):
-    def __init__(self, report: Callable[[float], None], epochs: int) -> None:
+    """Reports the share of the training that is done: of recipe i of so many."""
+
+    def __init__(self, report: Callable[[float], None], i: int, count: int, epochs: int) -> None:
         super().__init__()
-        self.report, self.epochs = report, epochs
+        self.report, self.i, self.count, self.epochs = report, i, count, epochs
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self.report((epoch + 1) / self.epochs)
+        self.report((self.i + (epoch + 1) / self.epochs) / self.count)

@@ -23,7 +23,12 @@ PUBLISHED: dict[str, dict[str, float]] = {
         "NGBoost": 2.81,
         "best": 1.96,
     },
-    "wine-quality-red": {"MC dropout": 0.93, "deep ensembles": 0.94, "NGBoost": 0.91, "best": 0.80},
+    "wine-quality-red": {
+        "MC dropout": 0.93,
+        "deep ensembles": 0.94,
+        "NGBoost": 0.91,
+        "best": 0.80,
+    },
 }
 PEERS = ("MC dropout", "deep ensembles", "NGBoost", "best")
 
@@ -51,7 +56,7 @@ class Results:
         entry = self.sets.get(name, {})
         return entry.get("key") == key and str(split) in entry["by_split"]
 
-    def add(self, name: str, split: int, key: str, scores: dict[str, float]) -> None:
+    def add(self, name: str, split: int, key: str, scores: dict[str, Any]) -> None:
         """Keep the scores of a split; those of another config or other rows are dropped."""
         entry = self.sets.get(name)
         if entry is None or entry["key"] != key:

@@ -55,7 +55,7 @@ def _in_float64(density: Any) -> Any:
     return type(density)(**tensors)
 
 
-def summarise(splits: Sequence[dict[str, float]]) -> dict[str, float]:
+def summarise(splits: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return the means over splits, the standard error of the NLLs, and the seconds of all."""
     keys = ("nll", "nll_interval", "rmse", "crps", "coverage90")
     means = {key: float(np.mean([s[key] for s in splits])) for key in keys}

@@ -1,4 +1,4 @@
-"""Averages of the weights over the last steps, in place of the weights wherever they are judged."""
+"""Averages of the weights over the last steps, where the weights are judged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tf_keras
 
 
 class AveragedWeights(tf_keras.callbacks.Callback):
-    """Validates, and shows the other callbacks, the average that an optimizer with `use_ema` keeps.
+    """Validates the average of the weights that an optimizer with `use_ema` keeps.
 
     From the start of a validation to the end of its epoch the model has the averaged weights, and
     the optimizer those that training goes on from. So what early stopping keeps is an average.

@@ -150,9 +150,7 @@ def epoch_rows(n: int, seed: int | None, epoch: int | tf.Tensor) -> tf.Tensor:
     return tf.random.experimental.stateless_shuffle(rows, seed=key)
 
 
-def epoch_order(
-    n: int, batch_size: int, seed: int | None, epoch: int | tf.Tensor
-) -> tf.Tensor:
+def epoch_order(n: int, batch_size: int, seed: int | None, epoch: int | tf.Tensor) -> tf.Tensor:
     """Return the rows of each whole batch of an epoch, [n // B, B]."""
     steps = n // batch_size
     return tf.reshape(epoch_rows(n, seed, epoch)[: steps * batch_size], [steps, batch_size])

@@ -80,10 +80,7 @@ class Head(tfp.layers.DistributionLambda):
             convert_to_tensor_fn=tfp.distributions.Distribution.mean,
             **kwargs,
         )
-        d = self.event_size
-        self.y_loc = self._statistic("y_loc", [d], 0.0)
-        self.y_scale = self._statistic("y_scale", [d], 1.0)
-        self.floor = self._statistic("floor", [d], self.min_scale)  # in standardised units
+        self._add_statistics()
         self._bijector = self._make_bijector()
         self.grid: list[float] | None = None  # [D], known from `adapt` on; 0 where there is none
         # The bias is made here and not in `build`, so that `adapt` can set it at any time.
@@ -92,11 +89,22 @@ class Head(tfp.layers.DistributionLambda):
         )
         self._set_start(self._spread_start())
 
+    def _add_statistics(self) -> None:
+        d = self.event_size
+        self.y_loc = self._statistic("y_loc", [d], 0.0)
+        self.y_scale = self._statistic("y_scale", [d], 1.0)
+        self.floor = self._statistic("floor", [d], self.min_scale)  # in standardised units
+
     def _statistic(self, name: str, shape: list[int], value: float) -> tf.Variable:
         initializer = tf_keras.initializers.Constant(value)
         return self.add_weight(
             name=name, shape=shape, initializer=initializer, trainable=False, dtype=self.dtype
         )
+
+    @property
+    def statistics(self) -> list[tf.Variable]:
+        """What `adapt` finds besides the start, common to all members of an ensemble."""
+        return [self.y_loc, self.y_scale, self.floor]
 
     def _make_bijector(self) -> Any:
         """Return the bijector of `target_transform`, if any."""
@@ -355,11 +363,15 @@ class Head(tfp.layers.DistributionLambda):
         self.grid = [resolution(column) for column in given.T]
         tied = [resolution(column) if self.grid_floor else 0.0 for column in y.T]
         grid = np.maximum(tied, [float32_step(column) for column in y.T])  # [D]
+        self._adapt_background(len(given))
         self.y_loc.assign(loc)
         self.y_scale.assign(scale)
         self.floor.assign(np.maximum(self.min_scale, grid / math.sqrt(12.0) / scale))
         rng = np.random.default_rng([seed, 0x6D646E])
         self._set_start(self._start((y - loc) / scale, rng))
+
+    def _adapt_background(self, rows: int) -> None:
+        """Set what depends on the number of rows alone."""
 
     def _start(self, y: np.ndarray, rng: np.random.Generator) -> Start:
         """Return the Gaussians that training starts from, of standardised targets [N, D]."""

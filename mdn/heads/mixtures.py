@@ -13,15 +13,17 @@ import tensorflow_probability as tfp
 
 from mdn.density import GaussianMixture
 from mdn.density import positivity as scales
+from mdn.density.gaussian import LOG_2_PI
 from mdn.density.packed import packed_low_rank_log_prob, packed_precision_log_prob
 from mdn.density.precision import invert_factor
-from mdn.density.gaussian import LOG_2_PI
 from mdn.errors import ConfigError
 from mdn.fitting.start import Start, centre
 from mdn.heads.base import Head, register
 
 BACKGROUND_SCALE = 1.5  # standard deviations of the targets
-FIRST_WEIGHT = 0.01  # of a background whose weight is learned
+BACKGROUNDS = ("auto", "learned")
+MOST_WEIGHT = 0.01  # of a background whose weight is found or learned
+PSEUDO_ROWS = 10.0
 STARTS = ("clusters", "centre")
 
 
@@ -35,8 +37,9 @@ class MixtureHead(Head):
     Args:
         event_size: D, the number of targets.
         components: K.
-        background: the weight of the background, between 0 (there is none) and 1; or "learned",
-            a function of x as the other weights are, which starts at 0.01.
+        background: the weight of the background, between 0 (there is none) and 1; "auto", which
+            `adapt` sets to 10 / N but 0.01 at most, as the more rows there are the less they
+            leave to chance; or "learned", a function of x that starts at 0.01.
         start: what `adapt` starts the components from: "clusters" of the targets; or "centre",
             K normals of all widths about their mean, which are as good at any x.
         **kwargs: as for `Head`.
@@ -58,13 +61,31 @@ class MixtureHead(Head):
             raise ConfigError(f"components={components}: a mixture needs at least one (k=1)")
         if start not in STARTS:
             raise ConfigError(f"start={start!r}: must be one of {', '.join(STARTS)}")
-        if background != "learned" and (
+        if background not in BACKGROUNDS and (
             isinstance(background, str) or not 0.0 <= background < 1.0
         ):
-            raise ConfigError(f"background={background}: must be at least 0 and below 1, or learned")
+            raise ConfigError(
+                f"background={background}: must be at least 0 and below 1, or one of "
+                f"{', '.join(BACKGROUNDS)}"
+            )
         self._components = int(components)
         self.background, self.start = background, start
         super().__init__(event_size, **kwargs)
+
+    def _add_statistics(self) -> None:
+        super()._add_statistics()
+        if self.background != 0.0:
+            weight = MOST_WEIGHT if self.background in BACKGROUNDS else self.background
+            self.background_weight = self._statistic("background_weight", [], weight)
+
+    @property
+    def statistics(self) -> list[tf.Variable]:
+        own = [] if self.background == 0.0 else [self.background_weight]
+        return [*super().statistics, *own]
+
+    def _adapt_background(self, rows: int) -> None:
+        if self.background == "auto":
+            self.background_weight.assign(min(MOST_WEIGHT, PSEUDO_ROWS / rows))
 
     @property
     def components(self) -> int:
@@ -97,9 +118,9 @@ class MixtureHead(Head):
         if self.background == 0.0:
             return [logits, loc, *(scale for scale, _ in scales)]
         if logits.shape[-1] == self.components:
-            weight = FIRST_WEIGHT if self.background == "learned" else self.background
-            logits = tf.nn.log_softmax(logits) + np.log1p(-weight)
-            last = tf.zeros_like(logits[..., :1]) + np.log(weight)
+            weight = self.background_weight
+            logits = tf.nn.log_softmax(logits) + tf.math.log1p(-weight)
+            last = tf.zeros_like(logits[..., :1]) + tf.math.log(weight)
             logits = tf.concat([logits, last], axis=-1)
         joined = []
         for tensor, row in ((loc, self.y_loc), *scales):
@@ -128,8 +149,9 @@ class MixtureHead(Head):
             mixed = tf.reduce_logsumexp(logits + log_prob, axis=1)
             return mixed - tf.reduce_logsumexp(logits, axis=1)
         mixed = tf.reduce_logsumexp(logits + log_prob, axis=1)
-        mixed += np.log1p(-self.background) - tf.reduce_logsumexp(logits, axis=1)
-        return tf.reduce_logsumexp(tf.stack([mixed, behind + np.log(self.background)]), axis=0)
+        mixed += tf.math.log1p(-self.background_weight) - tf.reduce_logsumexp(logits, axis=1)
+        behind += tf.math.log(self.background_weight)
+        return tf.reduce_logsumexp(tf.stack([mixed, behind]), axis=0)
 
     @property
     def _background_scale(self) -> tf.Tensor:
@@ -144,7 +166,11 @@ class Mixture(MixtureHead):
     @property
     def layout(self) -> dict[str, tuple[int, ...]]:
         k, d = self.components, self.event_size
-        return {"logits": (self._logits_size,), "loc": (k, d), "unconstrained_scale": (k, d * (d + 1) // 2)}
+        return {
+            "logits": (self._logits_size,),
+            "loc": (k, d),
+            "unconstrained_scale": (k, d * (d + 1) // 2),
+        }
 
     def _density(self, params: tf.Tensor) -> GaussianMixture:
         parts = self.split(params)
@@ -221,7 +247,11 @@ class MixturePrecision(MixtureHead):
     @property
     def layout(self) -> dict[str, tuple[int, ...]]:
         k, d = self.components, self.event_size
-        return {"logits": (self._logits_size,), "loc": (k, d), "unconstrained_precision": (k, d * (d + 1) // 2)}
+        return {
+            "logits": (self._logits_size,),
+            "loc": (k, d),
+            "unconstrained_precision": (k, d * (d + 1) // 2),
+        }
 
     def _density(self, params: tf.Tensor) -> GaussianMixture:
         parts = self.split(params)
