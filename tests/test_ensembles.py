@@ -20,7 +20,8 @@ from mdn.data.splits import draw_folds
 from mdn.density import DiagGaussianMixture, GaussianMixture, mixture_of
 from mdn.ensembles import Ensemble, split_covariance
 from mdn.errors import ConfigError, MDNError
-from mdn.training import InterruptedRunError, make_batches, train
+from mdn.preparation import make_batches
+from mdn.training import InterruptedRunError, train
 
 RNG = np.random.default_rng(0)
 N, M, SEED = 120, 3, 5
