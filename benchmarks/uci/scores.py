@@ -16,6 +16,7 @@ from mdn.data.resolution import resolution
 from mdn.evaluation import Margins
 
 LEVEL = 0.9
+POINTS = 512  # of a cell of several targets
 
 
 def score(density: Any, y: np.ndarray, train: np.ndarray) -> dict[str, float]:
@@ -43,7 +44,7 @@ def score(density: Any, y: np.ndarray, train: np.ndarray) -> dict[str, float]:
     y64 = tf.constant(y, tf.float64)
     return {
         "nll": float(-np.mean(double.log_prob(y64))),
-        "nll_interval": float(np.mean(losses.CellNLL(step)(y64, double))),
+        "nll_interval": float(np.mean(losses.CellNLL(step, POINTS)(y64, double))),
         "rmse": float(np.mean(np.sqrt(np.mean((margins.mean() - y) ** 2, axis=0)))),
         "crps": float(np.mean(losses.crps(y64, double))),
         "coverage90": float(np.mean(inside)),
