@@ -36,7 +36,7 @@ _HOME = {
     "Fit": "mdn.fitting.distribution",
     "fit_distribution": "mdn.fitting.distribution",
 }
-_MODULES = (*("backbones", "density", "embeddings", "features", "heads", "losses", "optimizers"),)
+_MODULES = ("backbones", "density", "embeddings", "features", "heads", "losses", "optimizers")
 
 __all__ = [
     "MDN",

@@ -63,7 +63,7 @@ def test_members_have_passes_of_their_own_rows():
     x = np.arange(12.0)[:, None]
     rows = np.array([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]])
     batches = training_batches((x, x), 3, seed=0, members=rows, steps=3)
-    (seen, _), steps = next(iter(batches.chunks))
+    (seen, _), _ = next(iter(batches.chunks))
     assert seen.shape == [3, 2, 3, 1]
     for m in range(2):
         assert set(seen[:2, m].numpy().ravel()) == set(rows[m])  # a pass
