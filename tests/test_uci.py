@@ -48,7 +48,7 @@ def test_scores_of_a_normal():
 
 def test_summary():
     splits = [
-        {k: v for k in ("nll", "nll_interval", "rmse", "crps", "coverage90")} for v in (1, 3)
+        dict.fromkeys(("nll", "nll_interval", "rmse", "crps", "coverage90"), v) for v in (1, 3)
     ]
     found = summarise([{**s, "seconds": 2.0} for s in splits])
     assert (found["nll"], found["nll_se"], found["seconds"], found["splits"]) == (2, 1, 4, 2)
