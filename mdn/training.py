@@ -15,7 +15,7 @@ import tf_keras
 from omegaconf import DictConfig, OmegaConf
 
 from mdn.base import TrainedModel
-from mdn.budget import epoch_steps, settle
+from mdn.budget import epoch_steps, member_rows, settle
 from mdn.callbacks.averaging import AveragedWeights
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
@@ -66,7 +66,7 @@ def train(
         config, tried = choose_recipe(config, data, directory.read_json("recipe.json"))
         seed_everything(config)
     config = settle(config, data)
-    check_batch_size(data.train_rows, config.trainer.batch_size)
+    check_batch_size(member_rows(config, data), config.trainer.batch_size)
     with strategy.scope():
         model = build_model(config, data)
         compile_model(model, config, epoch_steps(config, data))

@@ -50,7 +50,7 @@ def test_summary():
     splits = [
         dict.fromkeys(("nll", "nll_interval", "rmse", "crps", "coverage90"), v) for v in (1, 3)
     ]
-    found = summarise([{**s, "seconds": 2.0} for s in splits])
+    found = summarise([{**s, "seconds": 2.0, "nll_se": 0, "nll_interval_se": 0} for s in splits])
     assert (found["nll"], found["nll_se"], found["seconds"], found["splits"]) == (2, 1, 4, 2)
 
 
@@ -95,13 +95,16 @@ def test_several_targets_are_joint(tmp_path):
         (["--data", "{data}", "--sets", "three"], "--sets=three is not in"),
         (["--data", "{data}", "--splits", "7"], "none of --splits"),
         (["--data", "{data}", "k=three"], "k=three"),
+        (["--data", "{data}", "--json", "{other}"], "another config: name another file"),
         (["--data", "{data}", "--json", "{data}/one/data.npz"], "cannot be gone on from"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
     write_set(tmp_path / "data" / "one")
     (tmp_path / "empty").mkdir()
-    names = {"data": tmp_path / "data", "empty": tmp_path / "empty"}
+    other = tmp_path / "other.json"
+    other.write_text('{"one": {"key": "of another", "by_split": {}}}')
+    names = {"data": tmp_path / "data", "empty": tmp_path / "empty", "other": other}
     assert uci.main([a.format(**names) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
