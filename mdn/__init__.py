@@ -7,7 +7,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mdn import backbones, density, features, heads, losses
+    from mdn import backbones, density, embeddings, features, heads, losses, optimizers
     from mdn.density import (
         GaussianMixture,
         MultivariateNormalDiag,
@@ -36,7 +36,7 @@ _HOME = {
     "Fit": "mdn.fitting.distribution",
     "fit_distribution": "mdn.fitting.distribution",
 }
-_MODULES = ("backbones", "density", "features", "heads", "losses")
+_MODULES = ("backbones", "density", "embeddings", "features", "heads", "losses", "optimizers")
 
 __all__ = [
     "MDN",
@@ -49,12 +49,14 @@ __all__ = [
     "MultivariateNormalTriL",
     "backbones",
     "density",
+    "embeddings",
     "features",
     "fit_distribution",
     "heads",
     "load",
     "losses",
     "mixture_of",
+    "optimizers",
 ]
 
 

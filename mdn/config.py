@@ -194,6 +194,11 @@ def _check_recipe(values: dict[str, Any], groups: dict[str, Any], embedding: Any
             f"trainer.steps={trainer['steps']}: an epoch of a stream is a pass over it; set "
             "trainer.steps=null"
         )
+    if isinstance(trainer["steps"], int) and trainer["steps"] < trainer["epochs"]:
+        raise ConfigError(
+            f"trainer.steps={trainer['steps']}: is cut into trainer.epochs={trainer['epochs']} "
+            "parts; give as many steps at least, or fewer epochs"
+        )
     if values["ensemble"] == 1:
         for name in ("folds", "recipe"):
             if values[name] is not None:
@@ -202,6 +207,11 @@ def _check_recipe(values: dict[str, Any], groups: dict[str, Any], embedding: Any
                     f"{name}=null"
                 )
     if values["recipe"] is not None:
+        if values["init_from"] is not None:
+            raise ConfigError(
+                f"recipe={values['recipe']}: starts anew, init_from={values['init_from']} does not; "
+                "set one of them to null"
+            )
         if groups["backbone"]["_target_"] != STACKED[0]:
             raise ConfigError(f"recipe={values['recipe']}: tries depths of backbone=mlp; use that")
         if "weight_decay" not in groups["optimizer"]:

@@ -33,8 +33,6 @@ class PiecewiseLinear(tf_keras.layers.Layer):
 
     Args:
         bins: at most so many for each feature.
-        columns: for each number that is encoded, its feature; `adapt` finds them.
-        features: F, likewise.
         **kwargs: as for any Keras layer.
 
     Raises:
@@ -45,19 +43,15 @@ class PiecewiseLinear(tf_keras.layers.Layer):
         NeurIPS.
     """
 
-    def __init__(
-        self, bins: int = 16, columns: Any = (), features: int | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, bins: int = 16, **kwargs: Any) -> None:
         kwargs.setdefault("dtype", "float32")  # whatever the policy, as the encoder
         super().__init__(**kwargs)
         if bins < 2:
             raise ConfigError(f"embedding.bins={bins}: a bin alone is the feature; give 2 or more")
         self.bins = int(bins)
         self.supports_masking = True
-        self.columns: list[int] = []
-        self.features: int | None = None
-        if features is not None:
-            self._lay_out(list(columns), features)
+        self.columns: list[int] = []  # the feature of each number that is encoded
+        self.features: int | None = None  # F, known from `adapt` on
 
     def _lay_out(self, columns: list[int], features: int) -> None:
         """Make the variables of these numbers, unless they are there."""
@@ -112,6 +106,14 @@ class PiecewiseLinear(tf_keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         own = {"bins": self.bins, "columns": list(self.columns), "features": self.features}
         return {**super().get_config(), **own}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PiecewiseLinear:
+        own = {name: config[name] for name in config if name not in ("columns", "features")}
+        layer = cls(**own)
+        if config["features"] is not None:
+            layer._lay_out(list(config["columns"]), config["features"])
+        return layer
 
 
 def bin_edges(values: np.ndarray, bins: int) -> np.ndarray:

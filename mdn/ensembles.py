@@ -68,6 +68,10 @@ class MemberMeans(tf_keras.metrics.Metric):
         self.total.assign_add(tf.cast(values * sample_weight, self.total.dtype))
         self.count.assign_add(tf.cast(sample_weight, self.count.dtype))
 
+    def reset_state(self) -> None:
+        for variable in (self.total, self.count):
+            variable.assign(tf.zeros_like(variable))
+
     def result(self) -> dict[str, tf.Tensor]:
         means = tf.unstack(tf.math.divide_no_nan(self.total, self.count))
         return dict(zip(self.names, means, strict=True))
@@ -213,6 +217,7 @@ class Ensemble(MDN):
         member.encoder = type(self.encoder).from_config(self.encoder.get_config())
         if self.embedding is not None:
             member.embedding = type(self.embedding).from_config(self.embedding.get_config())
+            member.embedding.set_weights(self.embedding.get_weights())
         member.missing = self.missing
         member.build_from_config(self.get_build_config())
         member.encoder.set_weights(self.encoder.get_weights())

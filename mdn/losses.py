@@ -273,10 +273,12 @@ class CellNLL:
     Args:
         step: of the grid, in the units of y: [D], zero where a target is on none; or what
             broadcasts to the shape of y.
+        points: of each box, where only a mean over points of it is known (see
+            `mdn.density.interval.log_cell_density`).
     """
 
-    def __init__(self, step: Any) -> None:
-        self.step = np.asarray(step, np.float64).tolist()
+    def __init__(self, step: Any, points: int = 16) -> None:
+        self.step, self.points = np.asarray(step, np.float64).tolist(), int(points)
 
     def __call__(self, y: tf.Tensor, density: Any) -> tf.Tensor:
         """Return [..], nats per example.
@@ -286,10 +288,10 @@ class CellNLL:
             density: batch [..], event [D].
         """
         y = _targets(y, density)
-        return -log_cell_density(density, y, tf.constant(self.step, y.dtype))
+        return -log_cell_density(density, y, tf.constant(self.step, y.dtype), self.points)
 
     def get_config(self) -> dict[str, Any]:
-        return {"step": self.step}
+        return {"step": self.step, "points": self.points}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CellNLL:

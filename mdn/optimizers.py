@@ -26,6 +26,7 @@ class AdamW(tf_keras.optimizers.AdamW):
         learning_rate: as in Keras.
         weight_decay: decoupled, times the learning rate.
         decay: what decays: "all" weights, or "kernels", those that multiply features.
+        global_clipnorm: as in Keras; of an ensemble, the norm of each member.
         **kwargs: as in Keras.
 
     Raises:
@@ -40,9 +41,10 @@ class AdamW(tf_keras.optimizers.AdamW):
         learning_rate: Any = 0.001,
         weight_decay: float = 0.004,
         decay: str = "all",
+        global_clipnorm: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(learning_rate, weight_decay, **kwargs)
+        super().__init__(learning_rate, weight_decay, global_clipnorm=global_clipnorm, **kwargs)
         if decay not in DECAYS:
             raise ConfigError(f"optimizer.decay={decay}: must be one of {', '.join(DECAYS)}")
         self.decay = decay

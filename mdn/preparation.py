@@ -15,6 +15,7 @@ from mdn.config import make
 from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Data
 from mdn.data.splits import draw_folds
+from mdn.errors import ConfigError
 
 
 def compile_model(model: TrainedModel, config: DictConfig, steps: int) -> None:
@@ -24,6 +25,9 @@ def compile_model(model: TrainedModel, config: DictConfig, steps: int) -> None:
         model: the model.
         config: the config.
         steps: train steps an epoch.
+
+    Raises:
+        ConfigError: the warm-up takes all steps, or the model refuses an option.
     """
     trainer = config.trainer
     options: dict[str, Any] = {}
@@ -32,6 +36,11 @@ def compile_model(model: TrainedModel, config: DictConfig, steps: int) -> None:
     if trainer.schedule == "cosine":
         total, peak = steps * trainer.epochs, config.optimizer.learning_rate
         warmup = round(trainer.warmup * (total if trainer.warmup < 1 else 1))
+        if warmup >= total:
+            raise ConfigError(
+                f"trainer.warmup={trainer.warmup:g} steps leave none of {total}: train longer, "
+                "or give a share below 1"
+            )
         options["learning_rate"] = tf_keras.optimizers.schedules.CosineDecay(
             initial_learning_rate=0.0 if warmup else peak,
             decay_steps=total - warmup,

@@ -76,13 +76,18 @@ def choose_recipe(
             scores[name] = fit_members(model, settled, data)
             log.info("recipe %s: out-of-fold NLL %.4f nats", name, scores[name])
         known = {"chosen": best_of(scores), "out_of_fold_nll": scores}
-        rest = sorted(scores[n] for n in scores if n != known["chosen"])
-        log.info(
-            "recipe %s is taken: its out-of-fold NLL is %.4f nats below the next",
-            known["chosen"],
-            rest[0] - scores[known["chosen"]],
-        )
     return variant(config, known["chosen"]), known
+
+
+def describe(tried: dict[str, Any]) -> str:
+    """Return in one line what `choose_recipe` tried, and by how much one of them won."""
+    scores, chosen = tried["out_of_fold_nll"], tried["chosen"]
+    others = [f"{name} {score - scores[chosen]:+.4f}" for name, score in scores.items()]
+    return (
+        f"recipe {chosen!r} is taken: its NLL of the rows that members hold out is "
+        f"{scores[chosen]:.4f} nats; the others: "
+        + ", ".join(text for text, name in zip(others, scores, strict=True) if name != chosen)
+    )
 
 
 def best_of(scores: dict[str, float]) -> str:

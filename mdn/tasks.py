@@ -79,6 +79,8 @@ class DensityTask:
     def check_start(self, model: Any, fresh: MDN, config: DictConfig, data: Data) -> None:
         for part in ("head", "backbone"):
             _compare(config, part, *(_options(getattr(m, part)) for m in (model, fresh)))
+        embeddings = [{} if m.embedding is None else _options(m.embedding) for m in (model, fresh)]
+        _compare(config, "embedding", *embeddings)
         was, now = (_encoder_input(m.encoder) for m in (model, fresh))
         if was != now:
             raise RunError(

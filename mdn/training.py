@@ -15,7 +15,7 @@ import tf_keras
 from omegaconf import DictConfig, OmegaConf
 
 from mdn.base import TrainedModel
-from mdn.budget import epoch_steps, settle
+from mdn.budget import epoch_steps, member_rows, settle
 from mdn.callbacks.averaging import AveragedWeights
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
@@ -27,7 +27,7 @@ from mdn.errors import RunError
 from mdn.evaluation import print_table
 from mdn.options import GENERATIVE
 from mdn.preparation import compile_model, make_batches
-from mdn.recipes import choose_recipe
+from mdn.recipes import choose_recipe, describe
 from mdn.runs import RunDirectory, provenance
 from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task
@@ -63,10 +63,11 @@ def train(
     data: Data = make(config, "data", **({"missing": "indicator"} if ignored else {})).load()
     tried: dict[str, Any] = {}
     if config.recipe == "auto":
-        config, tried = choose_recipe(config, data, directory.read_json("recipe.json"))
+        with strategy.scope():
+            config, tried = choose_recipe(config, data, directory.read_json("recipe.json"))
         seed_everything(config)
     config = settle(config, data)
-    check_batch_size(data.train_rows, config.trainer.batch_size)
+    check_batch_size(member_rows(config, data), config.trainer.batch_size)
     with strategy.scope():
         model = build_model(config, data)
         compile_model(model, config, epoch_steps(config, data))
@@ -83,6 +84,7 @@ def train(
         log.info("run directory: %s", directory.path)
         if tried:
             directory.write_json("recipe.json", tried)
+            log.info(describe(tried))
         try:
             progress = fit(model, config, data, directory, callbacks, checkpoint)
             metrics = finish(model, config, data, directory, progress, first_step.seconds)

@@ -61,27 +61,31 @@ def run(options: argparse.Namespace) -> None:
     from benchmarks.uci.scores import score
 
     results = Results(options.json)
-    console = Console(stderr=True)
+    keys = {name: f"{fingerprint(path)}-{recipe}" for name, path in paths.items()}
+    todo = {
+        name: [i for i in splits[name] if not results.has(name, i, keys[name])] for name in paths
+    }
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=sum(map(len, splits.values())))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=sum(map(len, todo.values())))
+        done = 0
         for name, path in paths.items():
             fitter = Fitter(path.resolve(), options.overrides)
-            key = f"{fingerprint(path)}-{recipe}"
-            for split in splits[name]:
-                done = bar.tasks[0].completed // 1
+            for split in todo[name]:
                 bar.update(task, description=f"{name} {split}")
-                if not results.has(name, split, key):
-                    start = time.perf_counter()
-                    model, data, chosen = fitter.fit(
-                        split, lambda share, done=done: bar.update(task, completed=done + share)
-                    )
-                    density = model.predict_distribution(data.test.x)
-                    known = np.concatenate([data.train.y, data.validation.y])
-                    scores = score(density, data.test.y, known)
-                    seconds = time.perf_counter() - start
-                    results.add(name, split, key, {**scores, "seconds": seconds, "recipe": chosen})
-                bar.update(task, completed=done + 1)
+                start = time.perf_counter()
+                model, data, chosen = fitter.fit(
+                    split, lambda share, done=done: bar.update(task, completed=done + share)
+                )
+                density = model.predict_distribution(data.test.x)
+                known = np.concatenate([data.train.y, data.validation.y])
+                scores = score(density, data.test.y, known)
+                seconds = time.perf_counter() - start
+                results.add(
+                    name, split, keys[name], {**scores, "seconds": seconds, "recipe": chosen}
+                )
+                done += 1
+                bar.update(task, completed=done)
     shown = {name: results.sets[name] for name in paths}
     print(markdown(shown), end="")
 

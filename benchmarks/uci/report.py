@@ -10,9 +10,9 @@ from typing import Any
 from benchmarks.uci.scores import summarise
 from mdn.errors import RunError
 
-# Mean test NLL over the same splits: the best that was published (of wine the interval NLL).
-# MC dropout: Gal and Ghahramani (2016); deep ensembles: Lakshminarayanan et al. (2017); NGBoost:
-# Duan et al. (2020); TreeFlow: Wielopolski and Zieba (2023); MDN: Kerekes et al. (2025).
+# Published mean test NLL over the same splits; the best of wine is an interval NLL. MC dropout:
+# Gal and Ghahramani (2016); deep ensembles: Lakshminarayanan et al. (2017); NGBoost: Duan et al.
+# (2020); the best: the files of proto-n/torch-naut (ICLR 2025), split by split.
 PUBLISHED: dict[str, dict[str, float]] = {
     "concrete": {"MC dropout": 2.93, "deep ensembles": 3.06, "NGBoost": 3.04, "best": 2.73},
     "energy": {"MC dropout": 1.21, "deep ensembles": 1.38, "NGBoost": 0.60, "best": 0.31},
@@ -52,15 +52,27 @@ class Results:
                 raise RunError(f"--json={path} cannot be gone on from: {error}") from error
 
     def has(self, name: str, split: int, key: str) -> bool:
-        """Whether a split was done before with the same rows and the same config."""
-        entry = self.sets.get(name, {})
-        return entry.get("key") == key and str(split) in entry["by_split"]
+        """Whether a split was done before.
+
+        Args:
+            name: of the set.
+            split: its number.
+            key: of the rows and the config.
+
+        Raises:
+            RunError: what is there is of other rows or of another config.
+        """
+        entry = self.sets.get(name, {"key": key, "by_split": {}})
+        if entry["key"] != key:
+            raise RunError(
+                f"--json={self.path} has {name} with other rows or another config: name another "
+                "file, or remove it"
+            )
+        return str(split) in entry["by_split"]
 
     def add(self, name: str, split: int, key: str, scores: dict[str, Any]) -> None:
-        """Keep the scores of a split; those of another config or other rows are dropped."""
-        entry = self.sets.get(name)
-        if entry is None or entry["key"] != key:
-            entry = {"key": key, "by_split": {}}
+        """Keep the scores of a split."""
+        entry = self.sets.get(name, {"by_split": {}})
         by_split = {**entry["by_split"], str(split): scores}
         ordered = dict(sorted(by_split.items(), key=lambda item: int(item[0])))
         self.sets[name] = {**summarise(list(ordered.values())), "key": key, "by_split": ordered}

@@ -16,9 +16,10 @@ from mdn.data.resolution import resolution
 from mdn.evaluation import Margins
 
 LEVEL = 0.9
+POINTS = 512  # of a cell of several targets
 
 
-def score(density: Any, y: np.ndarray, train: np.ndarray) -> dict[str, float]:
+def score(density: Any, y: np.ndarray, train: np.ndarray) -> dict[str, Any]:
     """Return the scores of a density.
 
     Args:
@@ -27,7 +28,7 @@ def score(density: Any, y: np.ndarray, train: np.ndarray) -> dict[str, float]:
         train: [n, D], the train targets, whose resolution is that of all.
 
     Returns:
-        nll: nats a row, joint of all targets.
+        nll: nats a row, joint of all targets; nll_se and nll_interval_se: over the rows.
         nll_interval: the same of the cell that the target was rounded from; equal to `nll` where
             nothing is rounded.
         rmse, crps: of the mean and of the margins; means over the targets.
@@ -41,9 +42,13 @@ def score(density: Any, y: np.ndarray, train: np.ndarray) -> dict[str, float]:
     half = np.maximum(step, 1e-12 * (1.0 + np.abs(y))) / 2
     inside = np.clip((np.minimum(high, y + half) - np.maximum(low, y - half)) / (2 * half), 0, 1)
     y64 = tf.constant(y, tf.float64)
+    nll = -np.asarray(double.log_prob(y64))
+    cells = np.asarray(losses.CellNLL(step, POINTS)(y64, double))
     return {
-        "nll": float(-np.mean(double.log_prob(y64))),
-        "nll_interval": float(np.mean(losses.CellNLL(step)(y64, double))),
+        "nll": float(nll.mean()),
+        "nll_se": float(nll.std() / np.sqrt(len(y))),
+        "nll_interval": float(cells.mean()),
+        "nll_interval_se": float(cells.std() / np.sqrt(len(y))),
         "rmse": float(np.mean(np.sqrt(np.mean((margins.mean() - y) ** 2, axis=0)))),
         "crps": float(np.mean(losses.crps(y64, double))),
         "coverage90": float(np.mean(inside)),
@@ -56,12 +61,16 @@ def _in_float64(density: Any) -> Any:
 
 
 def summarise(splits: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the means over splits, the standard error of the NLLs, and the seconds of all."""
+    """Return the means over splits, and the seconds of all.
+
+    The standard errors are those over the splits; of a single one, over its rows.
+    """
     keys = ("nll", "nll_interval", "rmse", "crps", "coverage90")
     means = {key: float(np.mean([s[key] for s in splits])) for key in keys}
     n = len(splits)
     for key in ("nll", "nll_interval"):
-        spread = np.std([s[key] for s in splits], ddof=1) if n > 1 else 0.0
-        means[f"{key}_se"] = float(spread / np.sqrt(n))
+        values = [s[key] for s in splits]
+        own = splits[0][f"{key}_se"]
+        means[f"{key}_se"] = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else own
     means["seconds"] = float(sum(s["seconds"] for s in splits))
     return {**means, "splits": n}

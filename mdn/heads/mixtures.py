@@ -75,7 +75,8 @@ class MixtureHead(Head):
     def _add_statistics(self) -> None:
         super()._add_statistics()
         if self.background != 0.0:
-            weight = MOST_WEIGHT if self.background in BACKGROUNDS else self.background
+            given = self.background
+            weight = MOST_WEIGHT if isinstance(given, str) else given
             self.background_weight = self._statistic("background_weight", [], weight)
 
     @property
