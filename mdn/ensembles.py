@@ -24,7 +24,7 @@ from mdn.compiled import EVALUATION_BATCH, check_sizes
 from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Features
 from mdn.data.splits import draw_folds
-from mdn.density.mixture import mixture_of
+from mdn.density.mixing import mixture_of
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError
 from mdn.inference import largest_batch
@@ -71,11 +71,6 @@ class Ensemble(MDN):
         super(MDN, self).__init__(**kwargs)
         if members < 1:
             raise ConfigError(f"members={members}: an ensemble needs at least one")
-        if model.head.target_transform is not None:
-            raise ConfigError(
-                f"target_transform={model.head.target_transform}: an ensemble has none; transform "
-                "the targets yourself, or train the members one by one"
-            )
         if type(model.backbone) not in BACKBONES:
             raise ConfigError(
                 f"the backbone {type(model.backbone).__name__} cannot be stacked: use one of "
@@ -95,7 +90,8 @@ class Ensemble(MDN):
         self.tracked = (*type(self).tracked, *self._member_names())
         # The scaling of y, in which the density is stated, is the template's and is the same for
         # all: as attributes its variables are saved with the ensemble's own.
-        self.y_loc, self.y_scale, self.floor = self.head.y_loc, self.head.y_scale, self.head.floor
+        for name, variable in self.head.statistics.items():
+            setattr(self, name, variable)
 
     def _member_names(self) -> list[str]:
         return [f"nll_{m}" for m in range(self.members)]
@@ -113,7 +109,7 @@ class Ensemble(MDN):
     @property
     def parts(self) -> list[Any]:
         """The layers and variables that the density is computed from."""
-        return [self.encoder, self.y_loc, self.y_scale, self.floor, *self.stacked_weights]
+        return [self.encoder, *self.head.statistics.values(), *self.stacked_weights]
 
     @property
     def stacked_weights(self) -> list[tf.Variable]:
@@ -183,8 +179,8 @@ class Ensemble(MDN):
         member.encoder.set_weights(self.encoder.get_weights())
         for variable, value in zip(_weights(member), self.stacked_weights, strict=True):
             variable.assign(value[m])
-        for name in ("y_loc", "y_scale", "floor"):
-            getattr(member.head, name).assign(getattr(self.head, name))
+        for name, variable in self.head.statistics.items():
+            getattr(member.head, name).assign(variable)
         return member
 
     # ------------------------------------------------------------------ densities

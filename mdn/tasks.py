@@ -72,8 +72,7 @@ class DensityTask:
     def build(self, config: DictConfig, data: Data, **options: Any) -> MDN:
         options = {"event_size": len(data.targets), **options}
         model = MDN(make(config, "model", **options), make(config, "backbone"))
-        for rows in (data.train, data.validation, data.test):
-            model.head.check_domain(rows.y, data.targets)
+        _check_targets(model, data)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
         return model
 
@@ -94,6 +93,7 @@ class DensityTask:
             )
         model.missing = data.missing
         model.head.grid = fresh.head.grid
+        model.targets = fresh.targets
 
     def judge(self, model: MDN, data: Data, history: History, plots: Path) -> dict[str, float]:
         evaluation = evaluate(model, data)
@@ -114,6 +114,7 @@ class EnsembleTask(DensityTask):
         options = {"event_size": len(data.targets), **options}
         member = MDN(make(config, "model", **options), make(config, "backbone"))
         model = Ensemble(member, members=config.ensemble)
+        _check_targets(model, data)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
         return model
 
@@ -197,6 +198,13 @@ def build_model(config: DictConfig, data: Data) -> TrainedModel:
         return model
     finally:
         tf_keras.mixed_precision.set_global_policy("float32")
+
+
+def _check_targets(model: MDN, data: Data) -> None:
+    """Tell the model the names of the targets, and raise where its transform is not defined."""
+    model.targets = tuple(data.targets)
+    for rows in (data.train, data.validation, data.test):
+        model.head.check_domain(rows.y, data.targets)
 
 
 def _compare(config: DictConfig, part: str, was: dict[str, Any], now: dict[str, Any]) -> None:

@@ -418,8 +418,6 @@ def test_mistakes_in_python():
         Ensemble(member, members=0)
     with pytest.raises(ConfigError, match="Sequential cannot be stacked"):
         Ensemble(mdn.MDN(heads.Diag(2), tf_keras.Sequential()))
-    with pytest.raises(ConfigError, match="target_transform=log: an ensemble has none"):
-        Ensemble(mdn.MDN(heads.Diag(2, target_transform="log"), backbones.MLP([8])))
     model = Ensemble(member, members=2)
     with pytest.raises(ConfigError, match="set global_clipnorm to null"):
         model.compile(tf_keras.optimizers.SGD(global_clipnorm=1.0))

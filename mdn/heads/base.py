@@ -95,6 +95,12 @@ class Head(tfp.layers.DistributionLambda):
             name=name, shape=shape, initializer=initializer, trainable=False, dtype=self.dtype
         )
 
+    @property
+    def statistics(self) -> dict[str, tf.Variable]:
+        """What `adapt` finds in the targets beside the start: scaling, floor, powers; by name."""
+        names = ("y_loc", "y_scale", "floor", "box_cox_power", "box_cox_join")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
     def _make_bijector(self) -> Any:
         """Return the bijector of `target_transform`, if any."""
         if self.target_transform is None:
