@@ -11,10 +11,10 @@ import tensorflow as tf
 from mdn.density.gaussian import LOG_2_PI
 from mdn.density.interval import log_interval
 
-# Of each panel; and how far the exponent falls where the rule may leave off.
-_RULES = {tf.float32: (10, 18.0), tf.float64: (24, 40.0)}
+# Nodes of each panel; how far the exponent falls where the rule may leave off; and how far around
+# an end of the second target's side its panels reach, in standard deviations.
+_RULES = {tf.float32: (10, 18.0, 5.0), tf.float64: (24, 40.0, 7.5)}
 
-_EDGE = 5.0  # standard deviations on both sides of where the second target enters its side
 _STEPS = 6  # of Newton's, on a convex function with three quadratic pieces
 
 
@@ -39,8 +39,8 @@ def log_rectangle(
         [..], nats.
     """
     (a, c), (b, d) = (tf.unstack(end, axis=-1) for end in (low, high))
-    nodes, fall = _RULES[low.dtype]
-    first, last, points = _support(*(tf.stop_gradient(t) for t in (a, b, c, d, slope)), fall)
+    nodes, fall, edge = _RULES[low.dtype]
+    first, last, points = _support(*(tf.stop_gradient(t) for t in (a, b, c, d, slope)), fall, edge)
     start, stop = tf.where(a > first, a, first), tf.where(b < last, b, last)
     length = tf.where((a > first) & (b < last), width[..., 0], stop - start)
     length = tf.maximum(length, 1e-30)
@@ -70,7 +70,13 @@ def log_rectangle(
 
 
 def _support(
-    a: tf.Tensor, b: tf.Tensor, c: tf.Tensor, d: tf.Tensor, slope: tf.Tensor, fall: float
+    a: tf.Tensor,
+    b: tf.Tensor,
+    c: tf.Tensor,
+    d: tf.Tensor,
+    slope: tf.Tensor,
+    fall: float,
+    edge: float,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Return between which X the integrand has not fallen by exp(-fall), and ends of panels.
 
@@ -105,5 +111,5 @@ def _support(
             rate = sign * (x + slope * r)
             t = tf.clip_by_value(t - (fallen - fall) / tf.maximum(rate, 1e-6), 0.0, farthest)
         ends.append(top + sign * t)
-    points = [(end + offset) / steep for end in (c, d) for offset in (-_EDGE, 0.0, _EDGE)]
+    points = [(end + offset) / steep for end in (c, d) for offset in (-edge, 0.0, edge)]
     return *ends, tf.stack([*points, top], axis=-1)

@@ -41,12 +41,18 @@ class Transformed(Queries, tfd.TransformedDistribution):
     """
 
     def __init__(self, distribution: Any, bijector: tfb.Bijector, name: str | None = None) -> None:
+        parameters = dict(locals())
         tfd.TransformedDistribution.__init__(
             self,
             distribution=distribution,
             bijector=bijector,
             name=name or f"Transformed{type(distribution).__name__}",
         )
+        self._parameters = self._no_dependency(parameters)  # what `copy` and slices start from
+
+    def __getitem__(self, slices: Any) -> Transformed:
+        """Return the density of a slice of the batch, whose transform is the same."""
+        return Transformed(self.distribution[slices], self.bijector)
 
     @classmethod
     def _parameter_properties(cls, dtype: Any, num_classes: Any = None) -> dict[str, Any]:
