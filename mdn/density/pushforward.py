@@ -133,7 +133,10 @@ def expectation(
     scale = tf.norm(scale_tril, axis=-1)
     nodes = nodes[:, np.newaxis, np.newaxis]
     values = function(loc[..., tf.newaxis, :, :] + nodes * scale[..., tf.newaxis, :, :])
-    return tf.einsum("...k,s,...skd->...d", tf.nn.softmax(logits), basis[:, 0], values)
+    means = tf.einsum("s,...skd->...kd", basis[:, 0], values)
+    weight = tf.nn.softmax(logits)[..., tf.newaxis]
+    # Components without weight may be anywhere.
+    return tf.reduce_sum(tf.math.multiply_no_nan(means, weight), axis=-2)
 
 
 # ---------------------------------------------------------------------- CRPS

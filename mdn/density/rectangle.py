@@ -40,7 +40,8 @@ def log_rectangle(
     """
     (a, c), (b, d) = (tf.unstack(end, axis=-1) for end in (low, high))
     nodes, fall, edge = _RULES[low.dtype]
-    first, last, points = _support(*(tf.stop_gradient(t) for t in (a, b, c, d, slope)), fall, edge)
+    frozen = [tf.stop_gradient(t) for t in (a, b, c, d, slope)]
+    first, last, points = _support(*frozen, fall=fall, edge=edge)
     start, stop = tf.where(a > first, a, first), tf.where(b < last, b, last)
     length = tf.where((a > first) & (b < last), width[..., 0], stop - start)
     length = tf.maximum(length, 1e-30)
