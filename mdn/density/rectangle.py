@@ -40,8 +40,7 @@ def log_rectangle(
     """
     (a, c), (b, d) = (tf.unstack(end, axis=-1) for end in (low, high))
     nodes, fall, edge = _RULES[low.dtype]
-    frozen = [tf.stop_gradient(t) for t in (a, b, c, d, slope)]
-    first, last, points = _support(*frozen, fall=fall, edge=edge)
+    first, last, points = _support(a, b, c, d, slope, fall, edge)
     start, stop = tf.where(a > first, a, first), tf.where(b < last, b, last)
     length = tf.where((a > first) & (b < last), width[..., 0], stop - start)
     length = tf.maximum(length, 1e-30)
@@ -87,6 +86,8 @@ def _support(
     Returns:
         The first and the last X, [..] each; and points [.., P - 1].
     """
+
+    a, b, c, d, slope = (tf.stop_gradient(one) for one in (a, b, c, d, slope))
 
     def distance(x: tf.Tensor) -> tf.Tensor:
         return slope * x - tf.clip_by_value(slope * x, c, d)
