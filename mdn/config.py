@@ -105,7 +105,7 @@ def check_config(config: DictConfig) -> None:
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
     _check_loss(values["loss"])
-    _check_transform(values["target_transform"], values, model)
+    _check_transform(values["target_transform"], model)
     if values.get("rank") is not None and "rank" not in model:
         raise ConfigError(_rank_without_factors(str(values["rank"])))
     if model["_target_"] in (FITTED, GENERATIVE):
@@ -151,7 +151,7 @@ def _check_loss(loss: Any) -> None:
     _check(LOSSES[name], options, "loss.")
 
 
-def _check_transform(transform: Any, values: dict[str, Any], model: dict[str, Any]) -> None:
+def _check_transform(transform: Any, model: dict[str, Any]) -> None:
     """Raise a ConfigError where `target_transform` cannot be one, or has no meaning."""
     if transform is None:
         return
@@ -159,12 +159,6 @@ def _check_transform(transform: Any, values: dict[str, Any], model: dict[str, An
         raise ConfigError(
             f"target_transform={transform}: this model has none; use model=mixture, or so"
         )
-    if values["ensemble"] > 1:
-        raise ConfigError(f"target_transform={transform}: an ensemble has none; set ensemble=1")
-    loss = values["loss"]
-    name = loss["name"] if isinstance(loss, dict) else loss
-    if name in ("crps", "energy", "interval_nll"):
-        raise ConfigError(f"loss={name}: has no closed form with a target_transform; use loss=nll")
     for one in transform if isinstance(transform, list) else [transform]:
         name = one.get("name") if isinstance(one, dict) else one
         # Whether there is such a class is for TFP to say.

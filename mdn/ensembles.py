@@ -24,7 +24,7 @@ from mdn.compiled import EVALUATION_BATCH, check_sizes
 from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Features
 from mdn.data.splits import draw_folds
-from mdn.density.mixture import mixture_of
+from mdn.density.mixing import mixture_of
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError
 from mdn.inference import largest_batch
@@ -99,11 +99,6 @@ class Ensemble(MDN):
         super(MDN, self).__init__(**kwargs)
         if members < 1:
             raise ConfigError(f"members={members}: an ensemble needs at least one")
-        if model.head.target_transform is not None:
-            raise ConfigError(
-                f"target_transform={model.head.target_transform}: an ensemble has none; transform "
-                "the targets yourself, or train the members one by one"
-            )
         if type(model.backbone) not in BACKBONES:
             raise ConfigError(
                 f"the backbone {type(model.backbone).__name__} cannot be stacked: use one of "
@@ -124,7 +119,8 @@ class Ensemble(MDN):
         self.tracked = (*type(self).tracked, *self._trackers.members.names)
         # The scaling of y, in which the density is stated, is the template's and is the same for
         # all: as attributes its variables are saved with the ensemble's own.
-        self.statistics = self.head.statistics
+        for name, variable in self.head.statistics.items():
+            setattr(self, name, variable)
 
     @property
     def stacked(self) -> int:
@@ -144,7 +140,8 @@ class Ensemble(MDN):
     def parts(self) -> list[Any]:
         """The layers and variables that the density is computed from."""
         embedding = [] if self.embedding is None else [self.embedding]
-        return [self.encoder, *embedding, *self.statistics, *self.stacked_weights]
+        statistics = self.head.statistics.values()
+        return [self.encoder, *embedding, *statistics, *self.stacked_weights]
 
     @property
     def stacked_weights(self) -> list[tf.Variable]:
@@ -223,8 +220,8 @@ class Ensemble(MDN):
         member.encoder.set_weights(self.encoder.get_weights())
         for variable, value in zip(_weights(member), self.stacked_weights, strict=True):
             variable.assign(value[m])
-        for own, common in zip(member.head.statistics, self.statistics, strict=True):
-            own.assign(common)
+        for name, variable in self.head.statistics.items():
+            getattr(member.head, name).assign(variable)
         return member
 
     # ------------------------------------------------------------------ densities

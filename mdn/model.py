@@ -53,6 +53,7 @@ class MDN(TrainedModel):
     """
 
     tracked: tuple[str, ...] = ("loss", "nll", "gradient_norm")
+    targets: tuple[str, ...] = ()  # names of the D targets for messages, where they are known
 
     def __init__(
         self,
@@ -200,7 +201,7 @@ class MDN(TrainedModel):
             **kwargs: as for `tf_keras.Model.compile`; metrics see the mean of the density.
 
         Raises:
-            ConfigError: the loss is unknown, or has no closed form for the head's density; or
+            ConfigError: the loss is unknown, or has no meaning for the head's density; or
                 there is no jitter of transformed targets.
         """
         self._jitter = jitters.get(jitter, self.head.grid)
@@ -209,32 +210,26 @@ class MDN(TrainedModel):
                 f"target_transform={self.head.target_transform}: noise could leave its domain; "
                 "train without jitter"
             )
-        self._score = losses.get(loss, self.head.grid)
+        self._score = losses.get(loss, self.head.grid, self.targets)
         self._check_score()
         if not isinstance(loss, str) or loss == "interval_nll":
             loss = self._score  # whose options are then saved with the model
         super().compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile, **kwargs)
 
     def _check_score(self) -> None:
-        """Raise a ConfigError where the loss has no closed form for the head's density."""
+        """Raise a ConfigError where the loss has no meaning for the head's density."""
         score, head = self._score, self.head
-        name = getattr(score, "__name__", type(score).__name__)
-        if head.target_transform is not None and (
-            score is losses.crps or isinstance(score, losses.Energy | losses.IntervalNLL)
-        ):
-            raise ConfigError(
-                f"loss={name}: has no closed form with a target_transform; use loss=nll"
-            )
         if not isinstance(score, losses.IntervalNLL):
             return
-        if head.event_size > 1 and not isinstance(head, Diag | MixtureDiag):
+        if head.event_size > 2 and not isinstance(head, Diag | MixtureDiag):
             raise ConfigError(
-                f"loss={name}: {head.event_size} targets need diagonal covariances; use "
+                f"loss=interval_nll: {head.event_size} targets need diagonal covariances; use "
                 "model=mixture_diag or model=diag"
             )
         if np.size(score.step) not in (1, head.event_size):
             raise ConfigError(
-                f"loss={name}: {np.size(score.step)} steps for {head.event_size} targets"
+                f"loss=interval_nll: {np.size(score.step)} steps for {head.event_size} targets; "
+                "give one for all, or one for each"
             )
 
     def compute_loss(

@@ -71,8 +71,7 @@ class DensityTask:
 
     def build(self, config: DictConfig, data: Data, **options: Any) -> MDN:
         model = make_network(config, **{"event_size": len(data.targets), **options})
-        for rows in (data.train, data.validation, data.test):
-            model.head.check_domain(rows.y, data.targets)
+        _check_targets(model, data)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
         return model
 
@@ -95,6 +94,7 @@ class DensityTask:
             )
         model.missing = data.missing
         model.head.grid = fresh.head.grid
+        model.targets = fresh.targets
 
     def judge(self, model: MDN, data: Data, history: History, plots: Path) -> dict[str, float]:
         evaluation = evaluate(model, data)
@@ -114,6 +114,7 @@ class EnsembleTask(DensityTask):
     def build(self, config: DictConfig, data: Data, **options: Any) -> Ensemble:
         network = make_network(config, **{"event_size": len(data.targets), **options})
         model = Ensemble(network, members=config.ensemble)
+        _check_targets(model, data)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
         return model
 
@@ -208,6 +209,13 @@ def make_network(config: DictConfig, **options: Any) -> MDN:
     """
     embedding = None if config.get("embedding") is None else make(config, "embedding")
     return MDN(make(config, "model", **options), make(config, "backbone"), embedding=embedding)
+
+
+def _check_targets(model: MDN, data: Data) -> None:
+    """Tell the model the names of the targets, and raise where its transform is not defined."""
+    model.targets = tuple(data.targets)
+    for rows in (data.train, data.validation, data.test):
+        model.head.check_domain(rows.y, data.targets)
 
 
 def _compare(config: DictConfig, part: str, was: dict[str, Any], now: dict[str, Any]) -> None:

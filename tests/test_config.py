@@ -113,8 +113,6 @@ def test_trainer_options_are_checked():
         (["model=low_rank", "rank=two"], "rank=two: must be a valid integer"),
         (["target_transform=logg"], "target_transform=logg: is unknown; choose one of log, logit"),
         (["target_transform=log", "model=vae"], "target_transform=log: this model has none"),
-        (["target_transform=log", "loss=crps"], "loss=crps: has no closed form with a target_tr"),
-        (["target_transform=log", "ensemble=2"], "target_transform=log: an ensemble has none"),
         (["kk=3"], "kk=3: kk is no option; did you mean k"),
         (["modle=tril"], "modle=tril: modle is no option; did you mean model"),
         (["model=lstm"], "model=lstm: there is no such model; choose one of diag, distribution"),
