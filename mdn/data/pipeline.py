@@ -97,6 +97,43 @@ def training_batches(
     return Batches(_untuned(chunks.prefetch(1)), steps, chunk, complete)
 
 
+def step_batches(
+    arrays: tuple[np.ndarray, ...],
+    batch_size: int,
+    *,
+    chunk: int,
+    chunks: int,
+    seed: int,
+    complete: bool = False,
+    members: np.ndarray | None = None,
+) -> Batches:
+    """Return a stream whose epochs are chunks of S steps, however many rows there are.
+
+    The rows come in one order of all of them after another; where one ends within a batch, the
+    next one goes on. Shapes do not depend on N, so that a program serves any number of rows.
+
+    Args:
+        arrays: as for `training_batches`.
+        batch_size: B, which may be larger than N.
+        chunk: S.
+        chunks: how many of them the stream has.
+        seed: of the orders.
+        complete: see `Batches`.
+        members: [M, n], the row numbers of each member of an ensemble.
+    """
+    tensors = tuple(tf.constant(array, tf_keras.backend.floatx()) for array in arrays)
+    count = chunks * chunk * batch_size
+    orders = []
+    for m, rows in enumerate([np.arange(len(arrays[0]))] if members is None else members):
+        rng = np.random.default_rng([seed, m])
+        passes = [rng.permutation(rows) for _ in range(math.ceil(count / len(rows)))]
+        orders.append(np.concatenate(passes)[:count].reshape(chunks, chunk, batch_size))
+    order = np.stack(orders, axis=2) if members is not None else orders[0]
+    stream = tf.data.Dataset.from_tensor_slices(order.astype(np.int32))
+    stream = stream.map(lambda rows: (tuple(tf.gather(t, rows) for t in tensors), chunk))
+    return Batches(_untuned(stream.prefetch(1)), chunk, chunk, complete)
+
+
 def evaluation_batches(
     arrays: tuple[np.ndarray, ...],
     batch_size: int,
