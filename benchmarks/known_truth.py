@@ -40,7 +40,7 @@ TASKS = {
     "slcp": "SLCP",
     "sinusoid": "sinusoid",
 }
-SIZES = (*(100 * 2**i for i in range(11)), 100_000)
+SIZES = tuple(sorted([*(100 * 2**i for i in range(11)), 100_000]))
 TEST_ROWS = 20_000
 HELD_OUT = 0.2  # share of the n rows that each member validates on
 LEAST = 50  # rows
@@ -206,15 +206,19 @@ def markdown(results: Results, tasks: Sequence[str], sizes: Sequence[int]) -> st
     return "\n".join(lines)
 
 
+def _with_error(cell: dict[str, float]) -> str:
+    return f"{cell['regret']:.4f} ± {cell['regret_se']:.4f}"
+
+
 def page(results: Results, command: str) -> str:
     """Return the page of the documentation."""
     seconds = sum(c["seconds"] for row in results.cells.values() for c in row.values())
     return f"""# Regret where the truth is known
 
 What the default recipe loses against the true density, in nats a row: the mean of log p - log q
-over {TEST_ROWS:,} fresh test rows, with its standard error. Of the n rows, {HELD_OUT:.0%} validate. The
-last rows are the slope of log regret over log n, over the regrets above two standard errors, and
-the entropy H of the truth, which no density can fall below.
+over {TEST_ROWS:,} fresh test rows, with its standard error. Of n rows, {HELD_OUT:.0%} validate.
+The last rows are the slope of log regret over log n, over the regrets above two standard errors,
+and the entropy H of the truth, which no density can fall below.
 
     {command}
 
@@ -259,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not measured yet, print the table; 2 after a mistake, 130 after Ctrl-C."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     settings = {
-        "recipe": {str(n): recipe(n) for n in options.n},
+        "recipe": {str(n): recipe(n) for n in SIZES},
         "test_rows": TEST_ROWS,
         "held_out": HELD_OUT,
         "seed": options.seed,
@@ -305,8 +309,8 @@ def run(options: argparse.Namespace, results: Results, console: Console) -> None
                 raise KeyboardInterrupt from None
             cell["seconds"] = round(time.perf_counter() - start, 1)
             results.add(task, n, cell)
-            regret = f"{cell['regret']:.4f} ± {cell['regret_se']:.4f}"
-            progress.console.print(f"{TASKS[task]}, n = {n:,}: {regret} ({cell['seconds']:.0f} s)")
+            done = f"{TASKS[task]}, n = {n:,}: {_with_error(cell)} ({cell['seconds']:.0f} s)"
+            progress.console.print(done)
             progress.advance(bar)
 
 
@@ -358,7 +362,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, metavar="DIR",
-        help="write known_truth.md and .png there; default docs/benchmarks for a run of everything",
+        help="write known_truth.md and .png there; default docs/benchmarks, of everything",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.output is None and (options.tasks, options.n) == ([*TASKS], [*SIZES]):

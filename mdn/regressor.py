@@ -136,7 +136,7 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
 
     # ------------------------------------------------------------------ fitting
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> MDNRegressor:  # noqa: N803
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> MDNRegressor:
         """Learn p(y | x).
 
         Args:
@@ -160,7 +160,7 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         order = np.random.default_rng(seed).permutation(len(rows))
         folds = draw_folds(order, held_out, self.members)
         with _seeded(seed):
-            if self.components == AUTO:
+            if isinstance(self.components, str):
                 self.selection_ = self._choose(rows, folds, seed)
                 self.model_, self.history_ = self.selection_.model
                 self.selection_.model = self.model_
@@ -304,7 +304,7 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
 
     # ------------------------------------------------------------------ answers
 
-    def predict(self, X: Any) -> np.ndarray:  # noqa: N803
+    def predict(self, X: Any) -> np.ndarray:
         """Return the mean of the density at each row, [N], or [N, D] where y had columns."""
         mean = [density.mean().numpy() for _, density in self._densities(X)]
         return self._as_y(np.concatenate(mean))
@@ -312,7 +312,7 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
     def predict_quantiles(
         self,
         X: Any,
-        quantiles: Sequence[float] = (0.05, 0.5, 0.95),  # noqa: N803
+        quantiles: Sequence[float] = (0.05, 0.5, 0.95),
     ) -> np.ndarray:
         """Return quantiles of each target by itself, [N, Q], or [N, D, Q] where y had columns.
 
@@ -330,7 +330,7 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         ]
         return self._as_y(np.concatenate(parts))
 
-    def predict_interval(self, X: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:  # noqa: N803
+    def predict_interval(self, X: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Return the ends of the central interval of each target, as `predict` returns means.
 
         Args:
@@ -342,12 +342,12 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         ends = self.predict_quantiles(X, [0.5 - level / 2, 0.5 + level / 2])
         return ends[..., 0], ends[..., 1]
 
-    def predict_distribution(self, X: Any) -> Queries:  # noqa: N803
+    def predict_distribution(self, X: Any) -> Queries:
         """Return p(y | x): batch [N], event [D], as `mdn.MDN.predict_distribution` does."""
         check_is_fitted(self)
         return self.model_.predict_distribution(self._check_rows(X, reset=False))
 
-    def log_prob(self, X: Any, y: Any) -> np.ndarray:  # noqa: N803
+    def log_prob(self, X: Any, y: Any) -> np.ndarray:
         """Return log p(y | x) of each row, [N] nats.
 
         Args:
@@ -355,7 +355,7 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
             y: [N] or [N, D], in its own units.
         """
         check_is_fitted(self)
-        X, y = self._check_rows(X, y, reset=False)  # noqa: N806
+        X, y = self._check_rows(X, y, reset=False)
         y = y.reshape(len(y), -1).astype(np.float32)
         if y.shape[1] != self.model_.head.event_size:
             raise DataError(
@@ -365,7 +365,7 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         parts = [density.log_prob(y[rows]).numpy() for rows, density in self._densities(X)]
         return np.concatenate(parts).astype(np.float64)
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:  # noqa: N803
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Return the mean log likelihood of the rows, in nats: larger is better.
 
         Args:
@@ -471,7 +471,7 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def _plain(value: Any) -> Any:
@@ -497,7 +497,7 @@ def _merge(rows: Rows) -> Rows:
     What is learned then depends neither on the order of the rows, nor on whether a weight is
     given as a number or by repeating the row.
     """
-    kept = rows.take(np.flatnonzero(rows.weight))
+    kept = rows.take(np.flatnonzero(np.asarray(rows.weight)))
     columns = list(kept.x.values()) if isinstance(kept.x, dict) else list(kept.x.T)
     codes = [pd.factorize(c, sort=True)[0] for c in [*columns, *kept.y.T]]
     _, first, group = np.unique(

@@ -110,7 +110,7 @@ class Selection:
         axes.errorbar(tried, mean, error, fmt="o-", color="#31688e", linewidth=2, capsize=4)
         axes.axhline(self.mean(self.best), color="#8c8c8c", linewidth=1)
         label = f"k = {self.k}: the fewest within one standard error of the best"
-        style = {"markersize": 13, "markerfacecolor": "none", "markeredgewidth": 2}
+        style: Any = {"markersize": 13, "markerfacecolor": "none", "markeredgewidth": 2}
         axes.plot(self.k, self.mean(self.k), "o", color="#e07b39", label=label, **style)
         axes.set_xscale("log")
         axes.set_xticks(tried, map(str, tried), minor=False)
@@ -121,9 +121,15 @@ class Selection:
         margin = 0.15 * (top - mean.min()) or 0.1
         axes.set_ylim(mean.min() - margin, top + margin)
         for k, value in zip(np.array(tried)[~close], mean[~close], strict=True):
-            place = {"xy": (k, top + margin), "xytext": (0, -28), "textcoords": "offset points"}
-            arrow = {"arrowstyle": "<-", "color": "#8c8c8c"}
-            axes.annotate(f"{value:.4g}", **place, ha="center", fontsize=9, arrowprops=arrow)
+            axes.annotate(
+                f"{value:.4g}",
+                (k, top + margin),
+                (0, -28),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                arrowprops={"arrowstyle": "<-", "color": "#8c8c8c"},
+            )
         axes.legend(frameon=False)
         return figure
 
@@ -194,7 +200,7 @@ def held_out_nll(
         n = len(data.train)
         places = every[every < n], every[every >= n] - n
         rows = [r.take(at) for r, at in zip((data.train, data.validation), places, strict=True)]
-        log_prob: Any = [model.member_log_prob(r.x, r.y) for r in rows if len(r)]  # type: ignore[attr-defined]
+        log_prob: Any = [model.member_log_prob(r.x, r.y) for r in rows if len(r)]
         log_prob = np.concatenate(log_prob)  # [N, M] or [N, T, M]
         held = np.zeros([len(every), len(folds)])
         held[own.reshape(folds.shape), np.arange(len(folds))[:, np.newaxis]] = 1.0
@@ -269,16 +275,14 @@ def select_components(
         candidate = trained[k] = with_components(model, k)
         candidate.adapt(train.x, train.y, missing=missing, seed=seed)
         candidate.compile(type(optimizer).from_config(optimizer.get_config()), loss)
-        held = (validation.x, validation.y)
-        if sample_weight is not None:
-            held = (*held, validation.weight)
-        callbacks = {"callbacks": [EarlyStopping()], "verbose": 0}
-        candidate.fit(
-            *(train.x, train.y),
-            sample_weight=train.weight,
-            validation_data=held,
-            **(callbacks | fit),
-        )
+        held = [
+            validation.x,
+            validation.y,
+            *([] if validation.weight is None else [validation.weight]),
+        ]
+        options = {"callbacks": [EarlyStopping()], "verbose": 0, **fit}
+        options |= {"sample_weight": train.weight, "validation_data": tuple(held)}
+        candidate.fit(train.x, train.y, **options)
         return held_out_nll(candidate, data)
 
     selection = choose(score, candidates)
