@@ -306,7 +306,9 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the mean of the density at each row, [N], or [N, D] where y had columns."""
-        mean = [density.mean().numpy() for _, density in self._densities(X)]
+        check_is_fitted(self)
+        x = self._check_rows(X, reset=False)
+        mean = [density.mean().numpy() for _, density in self._densities(x)]
         return self._as_y(np.concatenate(mean))
 
     def predict_quantiles(
@@ -324,9 +326,11 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         for level in levels:
             if not 0.0 < level < 1.0:
                 raise ConfigError(f"quantiles: {level} is no probability between 0 and 1")
+        check_is_fitted(self)
+        x = self._check_rows(X, reset=False)
         parts = [
             np.stack([density.quantile(level).numpy() for level in levels], axis=-1)
-            for _, density in self._densities(X)
+            for _, density in self._densities(x)
         ]
         return self._as_y(np.concatenate(parts))
 
@@ -355,14 +359,14 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
             y: [N] or [N, D], in its own units.
         """
         check_is_fitted(self)
-        X, y = self._check_rows(X, y, reset=False)
+        x, y = self._check_rows(X, y, reset=False)
         y = y.reshape(len(y), -1).astype(np.float32)
         if y.shape[1] != self.model_.head.event_size:
             raise DataError(
                 f"y has {y.shape[1]} targets but the model has {self.model_.head.event_size}: "
                 "give as many"
             )
-        parts = [density.log_prob(y[rows]).numpy() for rows, density in self._densities(X)]
+        parts = [density.log_prob(y[rows]).numpy() for rows, density in self._densities(x)]
         return np.concatenate(parts).astype(np.float64)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -378,13 +382,11 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         return float(np.average(log_prob, weights=weight))
 
     def _densities(self, x: Any) -> Iterator[tuple[slice, Queries]]:
-        """Yield (rows, density of those rows), in order.
+        """Yield (rows, density of those rows) of checked features, in order.
 
         Without a program: a search asks each of many models once, and compiling takes longer.
         """
-        check_is_fitted(self)
-        encoded = self.model_.encode(self._check_rows(x, reset=False))
-        encoded = np.asarray(encoded, np.float32)
+        encoded = np.asarray(self.model_.encode(x), np.float32)
         for start in range(0, len(encoded), EAGER_ROWS):
             rows = slice(start, start + EAGER_ROWS)
             yield rows, self.model_(tf.constant(encoded[rows]), training=False)

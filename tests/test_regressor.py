@@ -2,17 +2,17 @@
 
 import pickle  # noqa: TID251
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 from sklearn.base import clone
-from sklearn.datasets import make_regression
 from sklearn.metrics import r2_score
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler, scale
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mdn
@@ -22,9 +22,11 @@ from mdn import MDNRegressor
 pytestmark = pytest.mark.xdist_group("regressor")
 
 TINY = {"components": 2, "widths": (8,), "steps": 20, "random_state": 0}
+WHOLE = {"components": 2, "widths": (16,), "steps": 400, "batch_size": 64}
 
 
-@parametrize_with_checks([MDNRegressor(**TINY)])
+# Without held-out rows there is one program to compile for each shape, and not two.
+@parametrize_with_checks([MDNRegressor(**TINY, validation_fraction=0.0)])
 def test_scikit_learn_finds_an_estimator(estimator, check, monkeypatch):
     monkeypatch.setenv("SCIPY_ARRAY_API", "1")  # without which one check is skipped
     check(estimator)
@@ -40,7 +42,12 @@ def line():
 
 @pytest.fixture(scope="module")
 def fitted(line):
-    return MDNRegressor(components=2, widths=(16,), steps=400, random_state=0).fit(*line)
+    return MDNRegressor(**WHOLE, random_state=0).fit(*line)
+
+
+def test_mean_explains_the_targets(fitted, line):
+    # Which `check_regressors_train` leaves out, as our score is no R^2.
+    assert r2_score(line[0][:, 0] * 2, fitted.predict(line[0])) > 0.95
 
 
 def test_score_comes_near_the_entropy(fitted, line):
@@ -81,13 +88,15 @@ def test_quantiles_are_those_of_the_density(fitted, line):
     assert np.mean((low <= line[1]) & (line[1] <= high)) == pytest.approx(0.9, abs=0.04)
 
 
-def test_mean_explains_what_scikit_learn_asks_it_to():
-    # Of `check_regressors_train`, whose .5 is an R^2: our score is in nats.
-    x, y = make_regression(200, 10, n_informative=1, bias=5.0, noise=20, random_state=42)
-    y = scale(y)
-    x = StandardScaler().fit_transform(x)
-    model = MDNRegressor(**TINY | {"steps": 300}).fit(x, y)
-    assert r2_score(y, model.predict(x)) > 0.5
+def test_names_of_numeric_columns_are_kept(line):
+    frame = pd.DataFrame({"a": line[0][:, 0]})
+    model = MDNRegressor(**WHOLE, random_state=0).fit(frame, line[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.score(frame, line[1])
+        model.predict_interval(frame)
+    with pytest.raises(ValueError, match="feature names should match"):
+        model.predict(frame.rename(columns={"a": "b"}))
 
 
 def test_random_state_decides(fitted, line):
@@ -105,6 +114,15 @@ def test_order_of_the_rows_does_not_matter(fitted, line):
     np.testing.assert_array_equal(again.predict(line[0]), fitted.predict(line[0]))
 
 
+def test_weight_of_two_is_the_row_twice(fitted, line):
+    x, y = line[0][:300], line[1][:300]
+    weight = np.arange(300) % 3
+    weighted = clone(fitted).fit(x, y, sample_weight=weight)
+    repeated = clone(fitted).fit(np.repeat(x, weight, axis=0), np.repeat(y, weight))
+    np.testing.assert_array_equal(weighted.predict(x), repeated.predict(x))
+    assert not np.array_equal(clone(fitted).fit(x, y).predict(x), weighted.predict(x))
+
+
 def test_shared_loop_leaves_fitted_models_alone(fitted, line):
     before = fitted.predict(line[0])
     clone(fitted).set_params(random_state=3).fit(line[0], -line[1])
@@ -114,19 +132,19 @@ def test_shared_loop_leaves_fitted_models_alone(fitted, line):
 def test_shared_loop_learns_what_a_loop_of_its_own_does(line):
     from mdn import shared_loop
 
-    model = MDNRegressor(components=2, widths=(16,), steps=400, random_state=5).fit(*line)
+    model = MDNRegressor(**WHOLE, random_state=5).fit(*line)
     shared_loop._loops.clear()
     alone = clone(model).fit(*line)
     for one, other in zip(model.model_.get_weights(), alone.model_.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_pipelines_and_searches(line):
-    model = make_pipeline(StandardScaler(), MDNRegressor(**TINY))
+def test_pipelines_and_searches(fitted, line):
+    model = make_pipeline(StandardScaler(), clone(fitted))
     scores = cross_val_score(model, *line, cv=2)
     assert np.isfinite(scores).all()
     search = GridSearchCV(model, {"mdnregressor__patience": [1, 5]}, cv=2).fit(*line)
-    assert search.best_score_ == pytest.approx(scores.mean(), abs=1.0)
+    assert search.best_score_ == pytest.approx(scores.mean(), abs=0.1)
     assert search.predict(line[0][:3]).shape == (3,)
 
 
@@ -138,7 +156,7 @@ def test_save_and_load(fitted, line, tmp_path):
     assert {**again.get_params(), "widths": (16,)} == fitted.get_params()
     np.testing.assert_array_equal(again.predict(line[0]), fitted.predict(line[0]))
     model = mdn.load(path)
-    np.testing.assert_allclose(model.predict(line[0])[:, 0], fitted.predict(line[0]), rtol=1e-5)
+    np.testing.assert_allclose(model.predict(line[0])[:, 0], fitted.predict(line[0]), atol=1e-5)
     model.save(tmp_path / "bare.keras")
     with pytest.raises(mdn.MDNError, match="holds a model but no estimator: load it with"):
         MDNRegressor.load(tmp_path / "bare.keras")
@@ -161,7 +179,7 @@ def shops():
 
 @pytest.fixture(scope="module")
 def of_shops(shops):
-    return MDNRegressor(**TINY | {"steps": 200}).fit(*shops)
+    return MDNRegressor(**TINY | {"steps": 600}).fit(*shops)
 
 
 def test_columns_of_text_are_categories(of_shops, shops, tmp_path):
@@ -172,7 +190,9 @@ def test_columns_of_text_are_categories(of_shops, shops, tmp_path):
     of_shops.save(tmp_path / "shops.keras")
     again = MDNRegressor.load(tmp_path / "shops.keras")
     np.testing.assert_array_equal(again.predict(frame), of_shops.predict(frame))
-    assert again.score(frame, y) == of_shops.score(frame, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as of names that got lost on the way
+        assert again.score(frame, y) == of_shops.score(frame, y)
     with pytest.raises(ValueError, match="feature names should match"):
         again.predict(frame[["city", "area"]])
     with pytest.raises(ValueError, match="Feature names seen at fit time, yet now missing"):
