@@ -7,7 +7,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mdn import backbones, density, features, heads, losses
+    from mdn import backbones, density, embeddings, features, heads, losses, optimizers
     from mdn.density import (
         GaussianMixture,
         MultivariateNormalDiag,
@@ -41,7 +41,7 @@ _HOME = {
     "Selection": "mdn.selection",
     "select_components": "mdn.selection",
 }
-_MODULES = ("backbones", "density", "features", "heads", "losses")
+_MODULES = ("backbones", "density", "embeddings", "features", "heads", "losses", "optimizers")
 
 __all__ = [
     "MDN",
@@ -56,12 +56,14 @@ __all__ = [
     "Selection",
     "backbones",
     "density",
+    "embeddings",
     "features",
     "fit_distribution",
     "heads",
     "load",
     "losses",
     "mixture_of",
+    "optimizers",
     "select_components",
 ]
 

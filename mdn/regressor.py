@@ -24,9 +24,9 @@ import pandas as pd
 import tensorflow as tf
 import tf_keras
 
-from mdn import backbones, heads
+from mdn import backbones, budget, heads
 from mdn.callbacks.stopping import EarlyStopping, MemberStopping
-from mdn.data.pipeline import evaluation_batches, step_batches
+from mdn.data.pipeline import evaluation_batches, training_batches
 from mdn.data.rows import Data, Rows
 from mdn.data.splits import draw_folds
 from mdn.density.queries import Queries
@@ -201,31 +201,30 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         known = rows.take(train[0]) if self.members == 1 else rows
         model.adapt(known.x, known.y, missing=self.missing, seed=seed)
         arrays = model.arrays(rows)
-        n = train.shape[1]
-        batch_size = self.batch_size or 2 ** min(max(round(math.log2(n / 16)), 5), 8)
-        steps = self.steps or min(max(60 * n // batch_size, 2500), 8000)
+        batch_size = self.batch_size or budget.batch_size(train.shape[1])
+        steps = self.steps or budget.train_steps(train.shape[1], batch_size)
         chunk = min(CHUNK, steps)
         chunks = math.ceil(steps / chunk)
-        options: dict[str, Any] = {"complete": True}
+        # So often that a chunk is less than a pass: a program then serves any number of rows.
+        rows_of_members = np.tile(train, [1, math.ceil(chunk * batch_size / train.shape[1])])
+        order: dict[str, Any] = {"seed": seed, "steps": chunk, "chunk": chunk, "complete": True}
         if self.members > 1:
-            options["members"] = train
+            batches = training_batches(arrays, batch_size, **order, members=rows_of_members)
         else:
-            arrays = tuple(a[train[0]] for a in arrays)
-        batches = step_batches(
-            arrays, batch_size, chunk=chunk, chunks=chunks, seed=seed, **options
-        )
+            own = tuple(a[rows_of_members[0]] for a in arrays)
+            batches = training_batches(own, batch_size, **order)
         looks = None
         callbacks = []
         if held_out.size:
-            looks = self._held_out_batches(model.arrays(rows), held_out)
+            looks = self._held_out_batches(arrays, held_out)
             stopping = EarlyStopping if self.members == 1 else MemberStopping
             callbacks = [stopping("val_nll", patience=self.patience)]
-        total = chunk * chunks
+        warmup = max(1, chunk * chunks // 50)
         schedule = {
             "initial_learning_rate": 0.0,
             "warmup_target": self.learning_rate,
-            "warmup_steps": max(1, total // 50),
-            "decay_steps": total - max(1, total // 50),
+            "warmup_steps": warmup,
+            "decay_steps": max(1, chunk * chunks - warmup),
         }
         history = shared_fit(
             model,

@@ -298,5 +298,6 @@ def with_components(model: MDN, k: int) -> MDN:
     def copy(part: Any, **options: Any) -> Any:
         return None if part is None else type(part).from_config({**part.get_config(), **options})
 
-    one = MDN(copy(model.head, components=k), copy(model.backbone), copy(model.encoder))
+    own = {name: copy(getattr(model, name)) for name in ("backbone", "encoder", "embedding")}
+    one = MDN(copy(model.head, components=k), **own)
     return Ensemble(one, members=model.members) if isinstance(model, Ensemble) else one

@@ -76,7 +76,8 @@ def _shape(model: MDN) -> list[Any]:
     """Return all that a model's train step depends on, but for the weights."""
     parts = [
         {name: v for name, v in part.get_config().items() if name != "name"}
-        for part in (model.head, model.backbone)
+        for part in (model.head, model.backbone, model.embedding)
+        if part is not None
     ]
     encoder = model.encoder
     if isinstance(encoder, Columns):

@@ -70,8 +70,7 @@ class DensityTask:
     """A conditional density: `MDN`."""
 
     def build(self, config: DictConfig, data: Data, **options: Any) -> MDN:
-        options = {"event_size": len(data.targets), **options}
-        model = MDN(make(config, "model", **options), make(config, "backbone"))
+        model = make_network(config, **{"event_size": len(data.targets), **options})
         for rows in (data.train, data.validation, data.test):
             model.head.check_domain(rows.y, data.targets)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
@@ -80,6 +79,8 @@ class DensityTask:
     def check_start(self, model: Any, fresh: MDN, config: DictConfig, data: Data) -> None:
         for part in ("head", "backbone"):
             _compare(config, part, *(_options(getattr(m, part)) for m in (model, fresh)))
+        embeddings = [{} if m.embedding is None else _options(m.embedding) for m in (model, fresh)]
+        _compare(config, "embedding", *embeddings)
         was, now = (_encoder_input(m.encoder) for m in (model, fresh))
         if was != now:
             raise RunError(
@@ -111,9 +112,8 @@ class EnsembleTask(DensityTask):
     """M conditional densities that are trained together: `Ensemble`."""
 
     def build(self, config: DictConfig, data: Data, **options: Any) -> Ensemble:
-        options = {"event_size": len(data.targets), **options}
-        member = MDN(make(config, "model", **options), make(config, "backbone"))
-        model = Ensemble(member, members=config.ensemble)
+        network = make_network(config, **{"event_size": len(data.targets), **options})
+        model = Ensemble(network, members=config.ensemble)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
         return model
 
@@ -197,6 +197,17 @@ def build_model(config: DictConfig, data: Data) -> TrainedModel:
         return model
     finally:
         tf_keras.mixed_precision.set_global_policy("float32")
+
+
+def make_network(config: DictConfig, **options: Any) -> MDN:
+    """Return the network of the config, without scaling or starting values.
+
+    Args:
+        config: the config.
+        **options: in place of those of `config.model`.
+    """
+    embedding = None if config.get("embedding") is None else make(config, "embedding")
+    return MDN(make(config, "model", **options), make(config, "backbone"), embedding=embedding)
 
 
 def _compare(config: DictConfig, part: str, was: dict[str, Any], now: dict[str, Any]) -> None:

@@ -17,20 +17,21 @@ import tf_keras
 from omegaconf import DictConfig, OmegaConf
 
 from mdn.base import TrainedModel
+from mdn.budget import epoch_steps, member_rows, settle
+from mdn.callbacks.averaging import AveragedWeights
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.interrupt import Interrupt
 from mdn.callbacks.tensorboard import write_curve
-from mdn.compiled import EVALUATION_BATCH
 from mdn.config import make
 from mdn.data.checks import check_batch_size
-from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Data
-from mdn.data.splits import draw_folds
 from mdn.errors import RunError
 from mdn.evaluation import print_table
 from mdn.options import AUTO, GENERATIVE
 from mdn.plots import write_figures
+from mdn.preparation import compile_model, make_batches, member_folds
+from mdn.recipes import choose_recipe, describe
 from mdn.runs import RunDirectory, provenance
 from mdn.selection import choose, held_out_nll
 from mdn.strategy import is_chief
@@ -65,19 +66,25 @@ def train(
     seed_everything(config)
     ignored = config.model._target_ == GENERATIVE and "missing" in config.data
     data: Data = make(config, "data", **({"missing": "indicator"} if ignored else {})).load()
-    check_batch_size(data.train_rows, config.trainer.batch_size)
+    tried: dict[str, Any] = {}
+    if config.recipe == "auto":
+        with strategy.scope():
+            config, tried = choose_recipe(config, data, directory.read_json("recipe.json"))
+        seed_everything(config)
+    config = settle(config, data)
+    check_batch_size(member_rows(config, data), config.trainer.batch_size)
     chief = is_chief(strategy)
 
     def prepare(config: DictConfig, place: str = "") -> tuple[TrainedModel, list, Checkpoint]:
         with strategy.scope():
             model = build_model(config, data)
-            compile_model(model, config, data.train_rows // config.trainer.batch_size)
+            compile_model(model, config, epoch_steps(config, data))
         callbacks, checkpoint = make_callbacks(config, data, directory, chief, place)
         return model, [*callbacks, first_step], checkpoint
 
     automatic = config.model.get("components") == AUTO
     # Of candidates too, what cannot be built is told before anything is written.
-    model, callbacks, checkpoint = prepare(_with_components(config, 1) if automatic else config)
+    model, callbacks, checkpoint = prepare(_candidate(config, 1) if automatic else config)
     if not chief:
         fit(model, config, data, directory, callbacks, checkpoint)
         with tempfile.TemporaryDirectory() as scratch:
@@ -86,6 +93,9 @@ def train(
     directory.create()
     with directory.logging():
         log.info("run directory: %s", directory.path)
+        if tried:
+            directory.write_json("recipe.json", tried)
+            log.info(describe(tried))
         try:
             notes: dict[str, float] = {}
             if automatic:
@@ -111,34 +121,6 @@ def seed_everything(config: DictConfig) -> None:
     tf_keras.utils.set_random_seed(config.seed)
     if config.trainer.deterministic:
         tf.config.experimental.enable_op_determinism()
-
-
-def compile_model(model: TrainedModel, config: DictConfig, steps: int) -> None:
-    """Compile the model with the optimizer and schedule of the config.
-
-    Args:
-        model: the model.
-        config: the config.
-        steps: train steps an epoch.
-    """
-    trainer = config.trainer
-    options = {}
-    if trainer.schedule == "cosine":
-        total, peak = steps * trainer.epochs, config.optimizer.learning_rate
-        warmup = round(trainer.warmup * total)
-        options["learning_rate"] = tf_keras.optimizers.schedules.CosineDecay(
-            initial_learning_rate=0.0 if warmup else peak,
-            decay_steps=total - warmup,
-            warmup_target=peak if warmup else None,
-            warmup_steps=warmup,
-        )
-    optimizer = make(config, "optimizer", **options)
-    model.compile(
-        optimizer,
-        loss=config.loss if isinstance(config.loss, str) else OmegaConf.to_container(config.loss),
-        jit_compile=None if trainer.compiled else False,
-        steps_per_execution=trainer.steps_per_execution,
-    )
 
 
 def make_callbacks(
@@ -180,6 +162,8 @@ def make_callbacks(
         if name != "checkpoint"
     ]
     callbacks += [NanGuard(data.train, data.features, data.targets), EpochLog()]
+    if config.trainer.ema is not None:
+        callbacks.append(AveragedWeights())  # behind those that read the weights
     folder = str(directory / "checkpoints" / place)
     if "checkpoint" in nodes:
         checkpoint = make(
@@ -255,12 +239,12 @@ def fit_candidates(
     Returns:
         The chosen model, its config and progress, and metrics of the choice.
     """
-    folds = _member_folds(config, data)
+    folds = member_folds(config, data)
     fitted: dict[int, tuple[TrainedModel, DictConfig, Progress]] = {}
 
     def score(k: int) -> tuple[np.ndarray, np.ndarray]:
         seed_everything(config)  # each is what it would be in a run of its own
-        candidate = _with_components(config, k)
+        candidate = _candidate(config, k)
         model, callbacks, checkpoint = prepare(candidate, f"k={k}")
         progress = fit(model, candidate, data, directory, callbacks, checkpoint)
         fitted[k] = model, candidate, progress
@@ -276,7 +260,7 @@ def fit_candidates(
     return *fitted[selection.k], notes
 
 
-def _with_components(config: DictConfig, k: int) -> DictConfig:
+def _candidate(config: DictConfig, k: int) -> DictConfig:
     """Return the config of a candidate; of its pictures the last one is enough."""
     config = copy.deepcopy(config)
     config.model.components = k
@@ -297,7 +281,7 @@ def finish(
     """Evaluate and export; `metrics.json` comes last and marks the run as finished."""
     model.save(directory / "model.keras")
     task = get_task(config)
-    rows = data.train_rows // config.trainer.batch_size * config.trainer.batch_size
+    rows = epoch_steps(config, data) * config.trainer.batch_size
     metrics = {
         **task.judge(model, data, progress.history, directory / "plots"),
         **data.notes,
@@ -316,54 +300,6 @@ def finish(
     directory.write_json("metrics.json", metrics)
     print_table(metrics)
     return metrics
-
-
-def make_batches(
-    model: TrainedModel, config: DictConfig, data: Data, first_epoch: int
-) -> tuple[Batches, Batches]:
-    """Return what a model learns from and what it is validated on.
-
-    Member 0 of an ensemble has the rows of a single run. Of a random split, the other members hold
-    out as many rows, but others. Any other split stays as it is for all.
-    """
-    order = {
-        "seed": config.seed,
-        "first_epoch": first_epoch,
-        "chunk": config.trainer.steps_per_execution,
-    }
-    size = config.trainer.batch_size
-    held_out = model.arrays(data.validation)
-    validation: dict[str, Any] = {"complete": model.is_complete(held_out)}
-    if data.stream is not None:
-        batches = data.stream.batches(model, size, **order)
-    else:
-        arrays = model.arrays(data.train)
-        if (folds := _member_folds(config, data)) is not None:
-            arrays = tuple(map(np.concatenate, zip(arrays, held_out, strict=True)))
-            held_out, (order["members"], validation["members"]) = arrays, folds
-            validation["complete"] = model.is_complete(arrays)
-        order["complete"] = model.is_complete(arrays)
-        batches = training_batches(arrays, size, **order)
-    return batches, evaluation_batches(
-        held_out, EVALUATION_BATCH, chunk=batches.chunk, **validation
-    )
-
-
-def _member_folds(config: DictConfig, data: Data) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the rows that each member of an ensemble learns from and validates on, [M, n] each.
-
-    Train rows are counted through from zero, and validation rows go on from there.
-    """
-    if config.ensemble == 1:
-        return None
-    n, kept = len(data.train), len(data.validation)
-    rows = np.arange(n + kept)
-    one_set = data.validation is data.train  # so few that all rows do both
-    if config.data.get("split", "random") == "random" and not one_set:
-        rest = np.random.default_rng([config.seed, 0x656E73]).permutation(n)
-        return draw_folds(np.append(rows[n:], rest), kept, config.ensemble)
-    learned, folds = (np.tile(part, [config.ensemble, 1]) for part in (rows[:n], rows[n:]))
-    return learned, folds
 
 
 class FirstStep(tf_keras.callbacks.Callback):

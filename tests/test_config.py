@@ -49,7 +49,7 @@ def nodes_of(path):
 def test_groups_are_those_of_the_design():
     assert set(GROUPS) == {
         *("model", "backbone", "data", "optimizer", "trainer", "callbacks", "strategy"),
-        "experiment",
+        *("embedding", "experiment"),
     }
     assert len(FILES) > 25
 
@@ -111,6 +111,7 @@ def test_trainer_options_are_checked():
         (["k=auto", "model=vae"], "k=auto: model=vae has no validation NLL"),
         (["k=auto", "model=distribution"], "k=auto: model=distribution has no validation NLL"),
         (["k=auto", "init_from=x"], "k=auto: init_from=x has its number of components"),
+        (["k=auto", "experiment=tabular", "recipe=auto"], "k=auto: recipe=auto compares variants"),
         (["k=auto", "strategy=multi_worker"], "k=auto: choose it on one machine"),
         (["rank=2"], "rank=2: this model has no factors of low rank; use model=low_rank"),
         (["+rank=2", "model=tril"], "rank=2: this model has no factors of low rank"),

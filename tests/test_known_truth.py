@@ -42,11 +42,9 @@ def test_tasks_are_all_the_simulators():
     assert targets == {f"{kind.__module__}.{kind.__name__}" for kind in ours}
 
 
-def test_every_recipe_is_a_config():
-    for n in (known_truth.LEAST, *known_truth.SIZES):
-        config = compose_config(known_truth.recipe(n))
-        held_out = round(known_truth.HELD_OUT * n)
-        assert config.trainer.batch_size <= n - held_out
+def test_recipe_is_a_config():
+    for n in known_truth.SIZES:
+        compose_config(known_truth.recipe(n))
 
 
 def test_slope_of_a_power_law():

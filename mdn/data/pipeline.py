@@ -57,6 +57,7 @@ def training_batches(
     chunk: int | None = None,
     complete: bool = False,
     members: np.ndarray | None = None,
+    steps: int | None = None,
 ) -> Batches:
     """Return an endless stream of shuffled batches.
 
@@ -75,10 +76,15 @@ def training_batches(
         complete: see `Batches`.
         members: [M, n], the row numbers of each member of an ensemble. Member m sees the batches
             that it would see alone with seed + m.
+        steps: batches an epoch, in place of a pass over the rows; passes then go on from one epoch
+            into the next, and each leaves out the rows that do not fill a batch.
     """
     filler = len(arrays[0])
     n = filler if members is None else members.shape[1]
-    steps = n // batch_size if drop_remainder else math.ceil(n / batch_size)
+    whole = n // batch_size  # batches of a pass
+    passes = 1 if steps is None else math.ceil(steps / whole) + 1  # that an epoch may touch
+    if steps is None:
+        steps = whole if drop_remainder else math.ceil(n / batch_size)
     chunk = min(chunk or chunk_size(steps, _batch_bytes(arrays, batch_size, members)), steps)
     tensors = _with_filler(arrays)
     own = [None] if members is None else [tf.constant(rows, tf.int32) for rows in members]
@@ -86,7 +92,14 @@ def training_batches(
     def order(epoch: tf.Tensor) -> tf.data.Dataset:
         orders = []
         for m, rows in enumerate(own):
-            places = epoch_rows(n, None if seed is None else seed + m, epoch)
+            own_seed = None if seed is None else seed + m
+            if passes == 1:
+                places = epoch_rows(n, own_seed, epoch)
+            else:
+                first, skipped = epoch * steps // whole, epoch * steps % whole
+                parts = [epoch_order(n, batch_size, own_seed, first + i) for i in range(passes)]
+                places = tf.reshape(tf.concat(parts, 0)[skipped : skipped + steps], [-1])
+                places = tf.ensure_shape(places, [steps * batch_size])
             places = places[: steps * batch_size]
             orders.append(places if rows is None else tf.gather(rows, places))
         chunks = _chunked(orders, filler, batch_size, chunk, members is not None)
@@ -95,43 +108,6 @@ def training_batches(
     chunks = tf.data.Dataset.counter(first_epoch).flat_map(order)
     chunks = chunks.map(lambda rows, real: (tuple(tf.gather(t, rows) for t in tensors), real))
     return Batches(_untuned(chunks.prefetch(1)), steps, chunk, complete)
-
-
-def step_batches(
-    arrays: tuple[np.ndarray, ...],
-    batch_size: int,
-    *,
-    chunk: int,
-    chunks: int,
-    seed: int,
-    complete: bool = False,
-    members: np.ndarray | None = None,
-) -> Batches:
-    """Return a stream whose epochs are chunks of S steps, however many rows there are.
-
-    The rows come in one order of all of them after another; where one ends within a batch, the
-    next one goes on. Shapes do not depend on N, so that a program serves any number of rows.
-
-    Args:
-        arrays: as for `training_batches`.
-        batch_size: B, which may be larger than N.
-        chunk: S.
-        chunks: how many of them the stream has.
-        seed: of the orders.
-        complete: see `Batches`.
-        members: [M, n], the row numbers of each member of an ensemble.
-    """
-    tensors = tuple(tf.constant(array, tf_keras.backend.floatx()) for array in arrays)
-    count = chunks * chunk * batch_size
-    orders = []
-    for m, rows in enumerate([np.arange(len(arrays[0]))] if members is None else members):
-        rng = np.random.default_rng([seed, m])
-        passes = [rng.permutation(rows) for _ in range(math.ceil(count / len(rows)))]
-        orders.append(np.concatenate(passes)[:count].reshape(chunks, chunk, batch_size))
-    order = np.stack(orders, axis=2) if members is not None else orders[0]
-    stream = tf.data.Dataset.from_tensor_slices(order.astype(np.int32))
-    stream = stream.map(lambda rows: (tuple(tf.gather(t, rows) for t in tensors), chunk))
-    return Batches(_untuned(stream.prefetch(1)), chunk, chunk, complete)
 
 
 def evaluation_batches(
@@ -174,7 +150,7 @@ def epoch_rows(n: int, seed: int | None, epoch: int | tf.Tensor) -> tf.Tensor:
     return tf.random.experimental.stateless_shuffle(rows, seed=key)
 
 
-def epoch_order(n: int, batch_size: int, seed: int, epoch: int | tf.Tensor) -> tf.Tensor:
+def epoch_order(n: int, batch_size: int, seed: int | None, epoch: int | tf.Tensor) -> tf.Tensor:
     """Return the rows of each whole batch of an epoch, [n // B, B]."""
     steps = n // batch_size
     return tf.reshape(epoch_rows(n, seed, epoch)[: steps * batch_size], [steps, batch_size])
