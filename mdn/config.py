@@ -23,11 +23,13 @@ from pydantic import ValidationError
 
 from mdn.errors import ConfigError, MDNError
 from mdn.options import (
+    AUTO,
     FITTED,
     GENERATIVE,
     LOSSES,
     ONE_DEVICE,
     OPTIONS,
+    SEVERAL_WORKERS,
     STACKED,
     STREAMED,
     TRANSFORMS,
@@ -97,6 +99,8 @@ def check_config(config: DictConfig) -> None:
         raise ConfigError("comparison: takes no row weights; comparison=null leaves it out")
     if model["_target_"] == FITTED and values["init_from"] is not None:
         raise ConfigError("init_from: model=distribution starts from model.initial; leave it out")
+    if AUTO in (values.get("k"), model.get("components")):
+        _check_auto(values, groups)
     nodes = groups | {f"callbacks.{name}": node for name, node in callbacks.items()}
     nodes |= {"comparison": comparison, "embedding": embedding}
     for name, group in nodes.items():
@@ -140,6 +144,29 @@ def check_config(config: DictConfig) -> None:
                     f"callbacks.{name}.monitor={node['monitor']}: model=vae has no nll while it "
                     "trains; monitor loss or val_loss"
                 )
+
+
+def _check_auto(values: dict[str, Any], groups: dict[str, Any]) -> None:
+    """Raise a ConfigError where the number of components cannot be chosen."""
+    model = groups["model"]
+    if "components" not in model:
+        raise ConfigError(_k_without_components(AUTO))
+    if model["_target_"] in (FITTED, GENERATIVE):
+        name = "distribution" if model["_target_"] == FITTED else "vae"
+        raise ConfigError(
+            f"k=auto: model={name} has no validation NLL to choose by; give k=3, or so"
+        )
+    if values["recipe"] is not None:
+        raise ConfigError(
+            f"k=auto: recipe={values['recipe']} compares variants of one k; set recipe=null, or "
+            "k=10"
+        )
+    if values["init_from"] is not None:
+        raise ConfigError(
+            f"k=auto: init_from={values['init_from']} has its number of components; give that one"
+        )
+    if groups["strategy"]["_target_"] == SEVERAL_WORKERS:
+        raise ConfigError("k=auto: choose it on one machine, and give several workers that number")
 
 
 def _check_loss(loss: Any) -> None:

@@ -353,6 +353,25 @@ class Ensemble(MDN):
         parts = [part for _, part in answers]
         return Uncertainty(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
+    def member_log_prob(
+        self, x: Features, y: np.ndarray, batch_size: int | None = None
+    ) -> np.ndarray:
+        """Return each member's log p(y | x) of any number of rows, in nats: [N, M] or [N, T, M].
+
+        Args:
+            x: [N, F], [N, T, F], or a mapping of columns [N].
+            y: [N, D] or [N, T, D] in the user's units; an entry that is NaN is marginalised.
+            batch_size: rows that go through the networks at a time; by default as many as are
+                fast.
+        """
+
+        def log_prob(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+            return tf.stack(tf.unstack(self.member_densities(x, False).log_prob(y)), axis=-1)
+
+        arrays = [self._as_rows(x), np.asarray(y, tf_keras.backend.floatx())]
+        answers = self._over_rows("member_log_prob", log_prob, arrays, batch_size)
+        return np.concatenate([part.numpy() for _, part in answers])
+
     @property
     def _largest_batch(self) -> int:
         return largest_batch(self.members * self.head.params_size)
