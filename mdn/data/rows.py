@@ -39,6 +39,16 @@ class Rows:
         return Rows(x, self.y[index], weight, label)
 
 
+def find_counted(rows: Rows) -> np.ndarray:
+    """Return which rows, [N], or which steps, [N, T], have a weight and an observed target."""
+    counted = ~np.isnan(rows.y).all(axis=-1)
+    if rows.y.ndim == 3:
+        counted &= ~np.isnan(np.asarray(rows.x)).all(axis=-1)  # a step without features is padding
+    if rows.weight is not None:
+        counted &= rows.weight.reshape(-1, *[1] * (counted.ndim - 1)) > 0
+    return counted
+
+
 class Truth(Protocol):
     """The known density of a simulator."""
 
