@@ -7,7 +7,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mdn import backbones, density, features, heads, losses
+    from mdn import backbones, calibration, density, features, heads, losses
     from mdn.density import (
         GaussianMixture,
         MultivariateNormalDiag,
@@ -36,7 +36,7 @@ _HOME = {
     "Fit": "mdn.fitting.distribution",
     "fit_distribution": "mdn.fitting.distribution",
 }
-_MODULES = ("backbones", "density", "features", "heads", "losses")
+_MODULES = ("backbones", "calibration", "density", "features", "heads", "losses")
 
 __all__ = [
     "MDN",
@@ -48,6 +48,7 @@ __all__ = [
     "MultivariateNormalDiag",
     "MultivariateNormalTriL",
     "backbones",
+    "calibration",
     "density",
     "features",
     "fit_distribution",

@@ -17,16 +17,12 @@ from rich.table import Table
 from scipy import linalg
 
 from mdn.calibration.report import Report, assemble
-from mdn.calibration.scores import (
-    grid_steps,
-    join_rows,
-    score,
-    spread_over_cells,
-    take_rows,
-)
+from mdn.calibration.scores import score
+from mdn.data.resolution import grid_steps, spread_over_cells
 from mdn.data.rows import Data, Rows, find_counted
 from mdn.errors import RunError
 from mdn.fitting.em import fit_mixture, group_by_pattern
+from mdn.margins import join_rows, take_rows
 
 if TYPE_CHECKING:
     from mdn.ensembles import Ensemble
@@ -215,6 +211,13 @@ def mean_and_error(values: np.ndarray, weight: np.ndarray) -> tuple[float, float
     return float(mean), float(error)
 
 
+def mean_gain(gain: np.ndarray, rows: Rows) -> dict[str, float]:
+    """Return the mean over the rows that count of [N] or [N, T] gains in nats, as `test_gain`."""
+    _, weight = _observed(rows)
+    mean, error = mean_and_error(gain[find_counted(rows)], weight)
+    return {"test_gain": mean, "test_gain_se": error}
+
+
 # ---------------------------------------------------------------------- table
 
 
@@ -246,4 +249,7 @@ def print_table(metrics: dict[str, float], console: Console | None = None) -> No
             add(f"{part} sd of {target}", key, ".4g")
     add("coverage of the 50 % interval", "test/coverage50", ".3f")
     add("coverage of the 90 % interval", "test/coverage90", ".3f")
+    add("coverage of the 90 % region", "test/region_coverage90", ".3f")
+    add("CRPS skill over the marginal of y", "test/crps_skill", ".3f")
+    add("gain by recalibration, nats per row", "recalibration/test_gain")
     console.print(table, width=min(80, console.width))

@@ -1,4 +1,4 @@
-"""The margins of a density in float64 NumPy: distribution functions, quantiles, means.
+"""Densities of many rows as arrays: some of the rows, and their margins in float64 NumPy.
 
 What is asked of many rows after the network is answered here; nothing imports TensorFlow before
 it must.
@@ -148,3 +148,27 @@ def as_mixture(density: Queries) -> tuple[np.ndarray, np.ndarray, np.ndarray, Un
     size, dtype = loc.shape[-1], base.dtype.as_numpy_dtype
     units = None if bijector is None else Units(bijector, size, dtype, tuple(range(size)))
     return logits, loc, scale_tril, units
+
+
+def take_rows(density: Queries, batch: tuple[int, ...], index: Any) -> Queries:
+    """Return some rows of a density that is broadcast to a batch; in float64 if it can be."""
+    from mdn.density.transformed import rebuilder, split_transform
+
+    base, bijector = split_transform(density)
+    properties = base.parameter_properties()
+    dtype = np.float64 if bijector is None else base.dtype.as_numpy_dtype
+    arrays = {}
+    for name, tensor in base.tensors().items():
+        array = np.asarray(tensor, dtype)
+        event = array.shape[array.ndim - properties[name].event_ndims :]
+        arrays[name] = np.broadcast_to(array, (*batch, *event))[index]
+    return rebuilder(density)(**arrays)
+
+
+def join_rows(parts: Sequence[Queries]) -> Queries:
+    """Return the densities of several parts, batch [n] each, as one."""
+    from mdn.density.transformed import rebuilder
+
+    tensors = [part.tensors() for part in parts]
+    arrays = {name: np.concatenate([t[name] for t in tensors]) for name in tensors[0]}
+    return rebuilder(parts[0])(**arrays)

@@ -333,6 +333,7 @@ class TrainerOptions(Section):
 class TopOptions(Section):
     loss: Any
     ensemble: PositiveInt = 1
+    recalibrate: bool | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     output_dir: str | None
     overwrite: bool

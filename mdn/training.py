@@ -19,13 +19,14 @@ from mdn.base import TrainedModel
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.interrupt import Interrupt
+from mdn.callbacks.tensorboard import write_pictures
 from mdn.compiled import EVALUATION_BATCH
 from mdn.config import make
 from mdn.data.checks import check_batch_size
+from mdn.data.folds import draw_members
 from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Data
-from mdn.data.splits import draw_folds
-from mdn.errors import RunError
+from mdn.errors import DataError, RunError
 from mdn.evaluation import print_table
 from mdn.options import GENERATIVE
 from mdn.runs import RunDirectory, provenance
@@ -62,6 +63,10 @@ def train(
     ignored = config.model._target_ == GENERATIVE and "missing" in config.data
     data: Data = make(config, "data", **({"missing": "indicator"} if ignored else {})).load()
     check_batch_size(data.train_rows, config.trainer.batch_size)
+    if config.get("recalibrate") and data.validation is data.train:
+        raise DataError(
+            "recalibrate=true: all rows are learned from, so that none can judge; leave it out"
+        )
     with strategy.scope():
         model = build_model(config, data)
         compile_model(model, config, data.train_rows // config.trainer.batch_size)
@@ -228,11 +233,13 @@ def finish(
     to_first_step: float | None = None,
 ) -> dict[str, float]:
     """Evaluate and export; `metrics.json` comes last and marks the run as finished."""
-    model.save(directory / "model.keras")
     task = get_task(config)
+    recalibration = task.recalibrate(model, config, data) if config.get("recalibrate") else {}
+    model.save(directory / "model.keras")
     rows = data.train_rows // config.trainer.batch_size * config.trainer.batch_size
     metrics = {
         **task.judge(model, data, progress.history, directory / "plots"),
+        **recalibration,
         **data.notes,
         "train/seconds": progress.seconds,
         "train/epochs": progress.epoch,
@@ -241,6 +248,9 @@ def finish(
     }
     if to_first_step is not None:  # else nothing was left to train
         metrics["train/seconds_to_first_step"] = to_first_step
+    if config.callbacks.get("tensorboard") is not None:
+        pictures = [directory / "plots" / f"{name}.png" for name in ("calibration", "sbc")]
+        write_pictures(directory / "tensorboard" / "test", pictures, progress.epoch)
     task.export(model, directory / "saved_model", data.targets)
     if config.get("comparison") is not None:
         metrics |= make(config, "comparison")(config)
@@ -271,17 +281,8 @@ def make_batches(
     else:
         arrays = model.arrays(data.train)
         if config.ensemble > 1:
-            n, kept = len(data.train), len(data.validation)
             arrays = tuple(map(np.concatenate, zip(arrays, held_out, strict=True)))
-            rows = np.arange(n + kept)
-            one_set = data.validation is data.train  # so few that all rows do both
-            if config.data.get("split", "random") == "random" and not one_set:
-                rest = np.random.default_rng([config.seed, 0x656E73]).permutation(n)
-                learned, folds = draw_folds(np.append(rows[n:], rest), kept, config.ensemble)
-            else:
-                learned, folds = (
-                    np.tile(part, [config.ensemble, 1]) for part in (rows[:n], rows[n:])
-                )
+            learned, folds = draw_members(config, data)[1:]
             held_out, order["members"], validation["members"] = arrays, learned, folds
             validation["complete"] = model.is_complete(arrays)
         order["complete"] = model.is_complete(arrays)

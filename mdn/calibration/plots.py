@@ -45,7 +45,8 @@ def calibration_figure(report: Report) -> Figure:
     figure = Figure(figsize=(11, height), dpi=100, layout="constrained")
     above: Any = figure
     if rows:
-        above, below = np.ravel(figure.subfigures(2, 1, height_ratios=[4.0, height - 4.0]))
+        parts: Any = figure.subfigures(2, 1, height_ratios=[4.0, height - 4.0])
+        above, below = parts
         _draw_slices(below, chosen, len(report.slices), report)
     left, middle, right = above.subplots(1, 3)
     shown = [d for d in range(len(report.targets)) if report.test(d).n][: len(SERIES)]

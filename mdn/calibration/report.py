@@ -14,15 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mdn.calibration.scores import (
-    DRAWS,
-    Scores,
-    grid_steps,
-    marginal_crps,
-    score,
-    spread_over_cells,
-    take_rows,
-)
+from mdn.calibration.scores import DRAWS, Scores, marginal_crps, score
 from mdn.calibration.slices import Slice, find_slices
 from mdn.calibration.uniformity import (
     Uniformity,
@@ -31,8 +23,10 @@ from mdn.calibration.uniformity import (
     share_band,
     share_below,
 )
+from mdn.data.resolution import grid_steps, spread_over_cells
 from mdn.data.rows import Rows, find_counted
 from mdn.errors import DataError
+from mdn.margins import take_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

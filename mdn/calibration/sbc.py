@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from mdn.calibration.scores import region_levels, take_rows
+from mdn.calibration.scores import region_levels
 from mdn.calibration.uniformity import BINS, Uniformity, check_uniformity
 from mdn.errors import ConfigError, DataError
+from mdn.margins import take_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,6 +77,11 @@ class SBC:
             },
             "joint": dataclasses.asdict(self.test_region()),
         }
+
+    def metrics(self) -> dict[str, float]:
+        """Return flat keys for metrics.json: sbc/p/<parameter>, sbc/p_joint, sbc/n."""
+        found = {f"sbc/p/{name}": self.test(d).p_value for d, name in enumerate(self.names)}
+        return found | {"sbc/p_joint": self.test_region().p_value, "sbc/n": float(len(self.ranks))}
 
     def plot(self) -> Figure:
         """Return the histograms of the ranks, and how far their shares are from uniform ones."""

@@ -10,14 +10,12 @@ Shape letters: N rows, D event size, K components, S draws.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mdn.data.resolution import resolution
 from mdn.data.splits import thin
-from mdn.margins import Margins
+from mdn.margins import Margins, take_rows
 
 if TYPE_CHECKING:
     from mdn.density.queries import Queries
@@ -162,41 +160,6 @@ def marginal_crps(
         between = 2.0 * (share * values) @ (below[1:] + below[:-1] - 1.0)
         column[:] = to_y - 0.5 * between
     return found
-
-
-def grid_steps(y: np.ndarray) -> np.ndarray:
-    """Return the step of the grid that each target of y [N, D] stands on: [D], zero for none."""
-    return np.array([resolution(column) for column in y.T])
-
-
-def spread_over_cells(y: np.ndarray, step: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return y + U(-step/2, step/2), [N, D]: points of the cells that were rounded to y."""
-    rng = np.random.default_rng([seed, 0x67726964])
-    return y + step * (rng.uniform(size=y.shape) - 0.5)
-
-
-def take_rows(density: Queries, batch: tuple[int, ...], index: Any) -> Queries:
-    """Return some rows of a density that is broadcast to a batch; in float64 if it can be."""
-    from mdn.density.transformed import rebuilder, split_transform
-
-    base, bijector = split_transform(density)
-    properties = base.parameter_properties()
-    dtype = np.float64 if bijector is None else base.dtype.as_numpy_dtype
-    arrays = {}
-    for name, tensor in base.tensors().items():
-        array = np.asarray(tensor, dtype)
-        event = array.shape[array.ndim - properties[name].event_ndims :]
-        arrays[name] = np.broadcast_to(array, (*batch, *event))[index]
-    return rebuilder(density)(**arrays)
-
-
-def join_rows(parts: Sequence[Queries]) -> Queries:
-    """Return the densities of several parts, batch [n] each, as one."""
-    from mdn.density.transformed import rebuilder
-
-    tensors = [part.tensors() for part in parts]
-    arrays = {name: np.concatenate([t[name] for t in tensors]) for name in tensors[0]}
-    return rebuilder(parts[0])(**arrays)
 
 
 def _components(density: Queries) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class TensorBoard(tf_keras.callbacks.Callback):
     components/effective (the mean over the rows of exp(entropy of the weights), between 1 and K),
     the histograms components/weights and components/scales, the image density, and once the graph.
     A VAE has the components of its prior, and the images samples, reconstructions and latent.
+    A run adds, in `test/` and once it is finished, the images calibration and, of a simulator,
+    sbc: see `write_pictures`.
 
     Args:
         log_dir: where to write.
@@ -129,3 +131,16 @@ class TensorBoard(tf_keras.callbacks.Callback):
             with self._writer("train").as_default(step=self._epochs):
                 tf.summary.image(tag, pixels)
         self._imaged = self._epochs
+
+
+def write_pictures(log_dir: Path, paths: Iterable[Path], step: int) -> None:
+    """Write PNG files that are there as images, under their names, to one event file."""
+    writer = None
+    for path in paths:
+        if path.is_file():
+            writer = writer or tf.summary.create_file_writer(str(log_dir))
+            with writer.as_default(step=step):
+                pixels = tf.io.decode_png(path.read_bytes(), channels=3)
+                tf.summary.image(path.stem, pixels[tf.newaxis])
+    if writer is not None:
+        writer.close()

@@ -9,6 +9,7 @@ Shape letters: B batch, T time, H hidden, D event size, K components, P paramete
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from mdn.density import positivity as scales
 from mdn.density import transforms
 from mdn.density.packed import packed_log_prob
 from mdn.density.queries import Queries
+from mdn.density.recalibration import Recalibration
 from mdn.density.transformed import Transformed, split_transform, to_base
 from mdn.errors import ConfigError, DataError
 from mdn.fitting.start import NARROWEST_START, Start, cluster
@@ -82,6 +84,7 @@ class Head(tfp.layers.DistributionLambda):
         self.y_scale = self._statistic("y_scale", [d], 1.0)
         self.floor = self._statistic("floor", [d], self.min_scale)  # in standardised units
         self._bijector = self._make_bijector()
+        self.recalibration: Recalibration | None = None  # in transformed units; `MDN.recalibrate`
         self.grid: list[float] | None = None  # [D], known from `adapt` on; 0 where there is none
         # The bias is made here and not in `build`, so that `adapt` can set it at any time.
         self.bias = self.add_weight(
@@ -173,6 +176,8 @@ class Head(tfp.layers.DistributionLambda):
     def distribution(self, params: tf.Tensor) -> Any:
         """Return the density with batch [..] and event [D] of unconstrained params [.., P]."""
         density = self._density(params)
+        if self.recalibration is not None:
+            density = self.recalibration.apply(density)
         return density if self._bijector is None else Transformed(density, self._bijector)
 
     def _density(self, params: tf.Tensor) -> Queries:
@@ -214,8 +219,12 @@ class Head(tfp.layers.DistributionLambda):
         m, n = params.shape[0], tf.shape(params)[2]
         sizes = {name: math.prod(shape) for name, shape in self.layout.items()}
         parts = dict(zip(sizes, tf.split(params, list(sizes.values()), axis=1), strict=True))
+        if (recalibration := self.recalibration) is not None:
+            y -= tf.constant(recalibration.shift, y.dtype)
         unit = tf.transpose((y - self.y_loc) / self.y_scale, [0, 2, 1])  # [M, D, B]
         residual = unit[:, tf.newaxis] - tf.reshape(parts["loc"], [m, k, d, n])
+        if recalibration is not None:
+            residual /= tf.constant(recalibration.scale, y.dtype)[:, tf.newaxis]
         packed = {
             name: tf.ensure_shape(
                 tf.reshape(part, [m * k, -1, n]), [m * k, sizes[name] // k, params.shape[2]]
@@ -227,11 +236,15 @@ class Head(tfp.layers.DistributionLambda):
         log_prob = tf.reshape(log_prob, [m, k, n])
         if "logits" in parts:
             logits = parts["logits"]  # [M, K, B]
+            if recalibration is not None:
+                logits *= recalibration.sharpness
             log_prob = tf.reduce_logsumexp(logits + log_prob, axis=1)
             log_prob -= tf.reduce_logsumexp(logits, axis=1)
         else:
             log_prob = log_prob[:, 0]
         log_prob -= tf.reduce_sum(tf.math.log(self.y_scale))
+        if recalibration is not None:
+            log_prob -= float(np.log(recalibration.scale).sum())
         if self._bijector is None:
             return log_prob
         return tf.where(inside, log_prob + log_slope, tf.constant(-math.inf, self.dtype))
@@ -248,7 +261,10 @@ class Head(tfp.layers.DistributionLambda):
 
     def parameters(self, distribution: Any) -> tf.Tensor:
         """Return the params [.., P] of which `distribution` makes this density: its inverse."""
-        return self._parameters_of(split_transform(distribution)[0])
+        density, _ = split_transform(distribution)
+        if self.recalibration is not None:
+            density = self.recalibration.undo(density)
+        return self._parameters_of(density)
 
     def _parameters_of(self, distribution: Any) -> tf.Tensor:
         """Return the params of which `_density` makes this density."""
@@ -304,7 +320,10 @@ class Head(tfp.layers.DistributionLambda):
         return tf.TensorShape([*input_shape[:-1], self.event_size])
 
     def get_config(self) -> dict[str, Any]:
+        found = self.recalibration
+        map_config = {} if found is None else {"recalibration": dataclasses.asdict(found)}
         return {
+            **map_config,
             "name": self.name,
             "trainable": self.trainable,
             "dtype": self.dtype,
@@ -317,7 +336,12 @@ class Head(tfp.layers.DistributionLambda):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Head:
-        return cls(**config)
+        options = dict(config)
+        recalibration = options.pop("recalibration", None)
+        head = cls(**options)
+        if recalibration is not None:
+            head.recalibration = Recalibration(**recalibration)
+        return head
 
     # ------------------------------------------------------------------ starting values
 
@@ -343,6 +367,7 @@ class Head(tfp.layers.DistributionLambda):
         loc, scale = np.nanmean(y, axis=0), np.nanstd(y, axis=0)
         grid = np.array([max(resolution(c), float32_step(c)) for c in y.T])  # [D]
         self.grid = [resolution(column) for column in given.T]
+        self.recalibration = None
         self.y_loc.assign(loc)
         self.y_scale.assign(scale)
         self.floor.assign(np.maximum(self.min_scale, grid / math.sqrt(12.0) / scale))
