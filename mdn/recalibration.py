@@ -31,7 +31,8 @@ class RecalibrationFit:
     """What recalibrating is worth, and the map if it is worth anything.
 
     Attributes:
-        map: or None, where it gains less than two standard errors.
+        map: or None, where it gains less than two standard errors, or nothing at all on targets
+            as they were observed.
         gain: nats per row, each row judged by a map that was fitted to other rows.
         gain_se: its standard error.
         n: rows.
@@ -45,7 +46,7 @@ class RecalibrationFit:
     def __str__(self) -> str:
         worth = f"{self.gain:+.4f} ± {self.gain_se:.4f} nats per row on {self.n:,} held-out rows"
         if self.map is None:
-            return f"no recalibration: it would change the log likelihood by {worth}"
+            return f"not recalibrated: no gain that is beyond doubt ({worth})"
         numbers = {
             "scales": ", ".join(f"{s:.3g}" for s in self.map.scale),
             "shifts": ", ".join(f"{s:+.3g}" for s in self.map.shift),
@@ -101,31 +102,38 @@ def recalibrate(
         base, bijector = split_transform(density)
         here = counted[index]
         members.append((place[index][here], take_rows(base, here.shape, here)))
+    judged, exact = (
+        _in_units(values, y[counted], bijector, base.dtype)
+        for values in (_spread(y[counted], model.head.grid, seed), y[counted])
+    )
     return fit_recalibration(
         members,
-        _judged(y[counted], model.head.grid, bijector, base.dtype, seed),
+        judged,
+        exact,
         model.head.y_scale.numpy().astype(np.float64),
         weight,
         seed,
     )
 
 
-def _judged(
-    y: np.ndarray, grid: Sequence[float] | None, bijector: Any, dtype: Any, seed: int
-) -> np.ndarray:
-    """Return y [N, D] spread over the cells of its grid, in transformed units."""
-    spread = y if grid is None else spread_over_cells(y, np.asarray(grid), seed)
+def _spread(y: np.ndarray, grid: Sequence[float] | None, seed: int) -> np.ndarray:
+    return y if grid is None else spread_over_cells(y, np.asarray(grid), seed)
+
+
+def _in_units(values: np.ndarray, y: np.ndarray, bijector: Any, dtype: Any) -> np.ndarray:
+    """Return [N, D] values near y in transformed units; those of y where they have none."""
     if bijector is None:
-        return spread
-    inside, whole = (
-        bijector.inverse(tf.constant(v, dtype)).numpy().astype(np.float64) for v in (spread, y)
+        return values
+    found, given = (
+        bijector.inverse(tf.constant(v, dtype)).numpy().astype(np.float64) for v in (values, y)
     )
-    return np.where(np.isfinite(inside), inside, whole)  # some points of a cell may have no u
+    return np.where(np.isfinite(found), found, given)
 
 
 def fit_recalibration(
     members: Sequence[tuple[np.ndarray, Queries]],
     y: np.ndarray,
+    exact: np.ndarray,
     units: np.ndarray,
     weight: np.ndarray | None = None,
     seed: int = 0,
@@ -139,7 +147,9 @@ def fit_recalibration(
         members: for each member, the rows [n] that it has not learned from and its density there,
             batch [n]; one member for a single model. A row's density is the mixture, in equal
             shares, of those that have it.
-        y: [N, D], NaN marks a missing entry; targets on a grid spread over their cells.
+        y: [N, D], NaN marks a missing entry; targets on a grid spread over their cells, as no
+            scale is narrow enough for ties.
+        exact: [N, D], as they were observed: their likelihood must not suffer.
         units: [D], in which the shifts are searched: the standard deviations of y.
         weight: [N], or None.
         seed: of the folds.
@@ -165,8 +175,9 @@ def fit_recalibration(
     mean = float(np.average(gain, weights=weight))
     error = float(np.sqrt(np.sum((weight * (gain - mean)) ** 2)) / weight.sum())
     found = None
-    if mean > 2.0 * error:
-        theta = _minimise(score, weight, identity)
+    theta = _minimise(score, weight, identity) if mean > 2.0 * error else identity
+    plain = _log_likelihood(parts, exact[kept], units)
+    if theta.any() and weight @ (plain(theta)[0] - plain(identity)[0]) > 0.0:
         found = Recalibration(
             tuple((theta[:d] * units).tolist()),
             tuple(np.exp(theta[d : 2 * d]).tolist()),

@@ -109,10 +109,10 @@ class DensityTask:
         before = model.log_prob(data.test.x, data.test.y)
         fit = self._fit_recalibration(model, config, data)
         log.info("%s", fit)
-        gain = model.log_prob(data.test.x, data.test.y) - before
-        return {f"recalibration/{k}": v for k, v in fit.metrics(data.targets).items()} | {
-            f"recalibration/{k}": v for k, v in mean_gain(gain, data.test).items()
-        }
+        metrics = fit.metrics(data.targets)
+        if fit.map is not None:
+            metrics |= mean_gain(model.log_prob(data.test.x, data.test.y) - before, data.test)
+        return {f"recalibration/{key}": value for key, value in metrics.items()}
 
     def _fit_recalibration(self, model: MDN, config: DictConfig, data: Data) -> RecalibrationFit:
         rows = data.validation

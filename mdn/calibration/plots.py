@@ -90,7 +90,7 @@ def _draw_quantiles(axes: Axes, report: Report, shown: list[int]) -> None:
     _draw_band(axes, report, shown, minus=True)
     axes.set(xlim=(0, 1), ylim=(-reach, reach), box_aspect=1)
     _percent(axes)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if reach > 0.05 else 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _title(axes, "Are the quantiles right?")
 
 
@@ -102,14 +102,13 @@ def _draw_coverage(axes: Axes, report: Report, shown: list[int]) -> None:
         axes.plot(
             _LEVELS, report.coverage(_LEVELS, d), color=color, linewidth=1.8, label=label, **marks
         )
-    together = ", all together" if len(report.targets) > 1 else ""
     axes.plot(
         _LEVELS,
         report.region_coverage(_LEVELS),
         "--",
         color=INK,
         linewidth=1.2,
-        label=f"highest density{together}",
+        label="all together" if len(report.targets) > 1 else "highest density",
     )
     _draw_band(axes, report, shown)
     axes.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
@@ -185,7 +184,7 @@ def sbc_figure(found: SBC) -> Figure:
         found: of up to eight parameters; more are left out of the picture.
     """
     columns = [*found.uniform.T[:8], found.region]
-    titles = [*found.names[:8], "joint density"]
+    titles = [*found.names[:8], found.region_name]
     figure = Figure(figsize=(max(5.0, 2.7 * len(columns)), 5.0), dpi=100, layout="constrained")
     panels = figure.subplots(2, len(columns), sharey="row", squeeze=False)
     n = len(found.ranks)
@@ -202,7 +201,7 @@ def sbc_figure(found: SBC) -> Figure:
         above.stairs(
             heights, np.linspace(0, 1, bins + 1), baseline=None, color=BLUE, linewidth=1.5
         )
-        test = found.test_region() if title == "joint density" else found.test(title)
+        test = found.test_region() if title == found.region_name else found.test(title)
         _title(above, f"{title}  p = {_p(test.p_value)}")
         above.set(xlim=(0, 1))
         order = np.sort(ranks)

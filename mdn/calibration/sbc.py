@@ -44,6 +44,11 @@ class SBC:
     region: np.ndarray
     draws: int
 
+    @property
+    def region_name(self) -> str:
+        """What `region` is called in text and pictures."""
+        return "joint density" if len(self.names) > 1 else "log density"
+
     def test(self, name: int | str = 0) -> Uniformity:
         """Return the tests of one parameter's ranks, as numbers in [0, 1]."""
         d = self.names.index(name) if isinstance(name, str) else name
@@ -91,12 +96,12 @@ class SBC:
 
     def __repr__(self) -> str:
         lines = [f"SBC of {len(self.ranks):,} simulations, {self.draws} draws each"]
-        width = max(len("joint density"), *map(len, self.names))
+        width = max(len(self.region_name), *map(len, self.names))
         for d, name in enumerate(self.names):
             test = self.test(d)
             lines.append(f"  {name:{width}s}  p = {test.p_value:.2g}  {test.describe()}")
         p_value = self.test_region().p_value
-        lines.append(f"  {'joint density':{width}s}  p = {p_value:.2g}")
+        lines.append(f"  {self.region_name:{width}s}  p = {p_value:.2g}")
         return "\n".join(lines)
 
 
