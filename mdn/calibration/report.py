@@ -231,7 +231,7 @@ class Report:
             shares = [f"{of[key]:.1%}" for key in ("coverage50", "coverage90")]
             verdict = test.describe()
             if verdict != "calibrated":  # a region is too small where ranks are high
-                verdict = "too small" if test.mean > 0.5 else "too large"
+                verdict = "too small" if test.shift > 0.0 else "too large"
             table.add_row("all together", *shares, _p(of["p_value"]), "", "", "", verdict)
         console.print(f"Calibration on {len(self):,} rows: what intervals of 50 and 90 % hold")
         console.print(table)

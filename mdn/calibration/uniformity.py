@@ -12,11 +12,12 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 BINS = 20
 # Of a chi-square test, so that its p-value is one.
 _LEAST_EXPECTED = 5
+_EDGE = 1e-9  # a rank of zero or one is six standard deviations off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +28,16 @@ class Uniformity:
         n: ranks, or as many as the weighted ones are worth.
         p_value: of the Cramer-von Mises test; of weighted ranks, of the chi-square test.
         chi_square_p: of the chi-square test of the histogram.
-        mean: of the ranks; one half where they are uniform, above where y is above the density.
-        spread: variance of the ranks over that of uniform ones: above one where the density is
-            too narrow, below one where it is too wide.
+        shift: mean of the ranks as quantiles of N(0, 1): how far y is above the density, in about
+            its standard deviations; zero where ranks are uniform.
+        spread: their standard deviation: about how often the density would have to be as wide;
+            one where ranks are uniform.
     """
 
     n: float
     p_value: float
     chi_square_p: float
-    mean: float
+    shift: float
     spread: float
 
     def describe(self, significance: float = 0.01) -> str:
@@ -44,13 +46,14 @@ class Uniformity:
             return "nothing observed"
         if self.p_value >= significance:
             return "calibrated"
-        # Uniform ranks have a variance of 1/12, and (u - 1/2)^2 one of 1/180.
-        low = (self.mean - 0.5) * math.sqrt(12.0 * self.n)
-        narrow = (self.spread - 1.0) / 12.0 * math.sqrt(180.0 * self.n)
+        most = stats.norm.isf(significance / 2)
+        spread = max(self.spread, 1e-9)
+        low = self.shift / spread * math.sqrt(self.n)
+        narrow = math.log(spread) * math.sqrt(2.0 * self.n)
         found = []
-        if abs(narrow) > stats.norm.isf(significance / 2):
+        if abs(narrow) > most:
             found.append("too narrow" if narrow > 0 else "too wide")
-        if abs(low) > stats.norm.isf(significance / 2):
+        if abs(low) > most:
             found.append("too low" if low > 0 else "too high")
         return ", ".join(found) or "wrong shape"
 
@@ -70,14 +73,15 @@ def check_uniformity(ranks: np.ndarray, weight: np.ndarray | None = None) -> Uni
     ranks = ranks[present]
     weight = None if weight is None else weight[present]
     if len(ranks) < 2:
-        return Uniformity(float(len(ranks)), 1.0, 1.0, 0.5, 1.0)
+        return Uniformity(float(len(ranks)), 1.0, 1.0, 0.0, 1.0)
     n = effective_size(len(ranks), weight)
     chi_square = chi_square_p(ranks, weight)
     equal = weight is None or np.ptp(weight) == 0.0
     p_value = stats.cramervonmises(ranks, "uniform").pvalue if equal else chi_square
-    mean = np.average(ranks, weights=weight)
-    spread = 12.0 * np.average((ranks - 0.5) ** 2, weights=weight)
-    return Uniformity(n, float(p_value), chi_square, float(mean), float(spread))
+    scores = special.ndtri(np.clip(ranks, _EDGE, 1.0 - _EDGE))
+    shift = np.average(scores, weights=weight)
+    spread = math.sqrt(np.average((scores - shift) ** 2, weights=weight))
+    return Uniformity(n, float(p_value), chi_square, float(shift), spread)
 
 
 def chi_square_p(ranks: np.ndarray, weight: np.ndarray | None = None) -> float:
