@@ -122,8 +122,8 @@ class Margins:
         u = y if self.units is None else self.units.inverse(y)
         return self._mix(special.ndtr((u[..., np.newaxis, :] - self.loc) / self.scale))
 
-    def quantile(self, probability: float) -> np.ndarray:
-        """Return the y with cdf(y) = probability, [.., D]."""
+    def quantile(self, probability: float | np.ndarray) -> np.ndarray:
+        """Return the y with cdf(y) = probability, [.., D]; [*S, .., D] of probabilities [*S]."""
         from mdn.density import univariate  # which imports TensorFlow
 
         with np.errstate(divide="ignore"):

@@ -237,7 +237,7 @@ def test_ensemble_that_is_right_is_not_widened_because_its_members_are_narrow(ro
     ensemble.adapt(x, y)
     # Each member knows one half of the mixture that y has, and all of y seems too wide to it.
     loc, scale = np.array([-1.0, 1.0]).reshape(2, 1, 1), np.full((2, 1, 1, 1), 0.5)
-    halves = mdn.GaussianMixture(np.zeros((2, 1)), loc.astype("f"), scale.astype("f"))
+    halves = mdn.GaussianMixture(*(a.astype("f") for a in (0 * loc[..., 0], loc, scale)))
     ensemble.stacked_weights[-1].assign(ensemble.head.parameters(halves))
     found = ensemble.recalibrate(x, y, rows=[np.arange(600), np.arange(600, 1200)])
     assert found.gain > 1.0  # of the members

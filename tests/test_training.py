@@ -61,7 +61,8 @@ def test_run_directory_is_as_documented(finished):
     assert {path.name for path in directory.iterdir()} == set(CONTENTS)
     assert (directory / ".hydra" / "config.yaml").is_file()
     assert list((directory / "checkpoints").glob("epoch-00002.npz"))
-    for name in ("density", "history", "calibration"):
+    assert list((directory / "tensorboard" / "test").glob("events.out.tfevents.*"))
+    for name in ("density", "history", "calibration", "sbc"):
         assert (directory / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "epoch 2: loss=" in (directory / "train.log").read_text()
 
@@ -74,7 +75,8 @@ def test_metrics_are_flat_finite_and_complete(finished):
         *("test/nll", "test/nll_se", "test/n", "train/seconds", "train/rows_per_second"),
         "train/seconds_to_first_step",
         *("model/parameters", "baseline/nll", "data/entropy", "test/regret", "test/regret_se"),
-        *("test/rmse", "test/coverage50", "test/coverage90"),
+        *("test/rmse", "test/coverage50", "test/coverage90", "test/pit_p", "test/crps_skill"),
+        *("test/calibration_error", "test/width90", "sbc/p/t", "sbc/p_joint"),
     }
     assert metrics["test/n"] == 64
     record = json.loads((directory / "provenance.json").read_text())
@@ -237,11 +239,14 @@ def test_every_optimizer_and_schedule_trains(optimizer, schedule, tmp_path):
             *("callbacks.early_stopping.patience=1", "callbacks.checkpoint=null"),
         ],
         ["model.positivity=elu", "strategy=cpu", "callbacks.tensorboard=null"],
+        ["recalibrate=true", "ensemble=2", "trainer.compiled=false", "callbacks.tensorboard=null"],
     ],
     ids=" ".join,
 )
 def test_every_other_option_trains(options, tmp_path):
-    assert np.isfinite(run(tmp_path / "run", *options)["test/nll"])
+    metrics = run(tmp_path / "run", *options)
+    assert np.isfinite(metrics["test/nll"])
+    assert ("recalibration/gain" in metrics) == ("recalibrate=true" in options)
 
 
 @tf_keras.saving.register_keras_serializable(package="tests")

@@ -46,13 +46,14 @@ def calibration_figure(report: Report) -> Figure:
     above: Any = figure
     if rows:
         parts: Any = figure.subfigures(2, 1, height_ratios=[4.0, height - 4.0])
-        above, below = parts
-        _draw_slices(below, chosen, len(report.slices), report)
+        above = parts[0]
     left, middle, right = above.subplots(1, 3)
     shown = [d for d in range(len(report.targets)) if report.test(d).n][: len(SERIES)]
     _draw_histogram(left, report, shown)
     _draw_quantiles(middle, report, shown)
     _draw_coverage(right, report, shown)
+    if rows:
+        _draw_slices(parts[1], chosen, report)
     return figure
 
 
@@ -135,7 +136,7 @@ def _chosen_slices(slices: tuple[Slice, ...]) -> list[Slice]:
     return [slices[i] for i in sorted(order)]
 
 
-def _draw_slices(figure: Figure, chosen: list[Slice], total: int, report: Report) -> None:
+def _draw_slices(figure: Any, chosen: list[Slice], report: Report) -> None:
     """Draw the coverage of the 50 % and of the 90 % intervals of each slice, and its mean PIT."""
     panels = figure.subplots(1, 3, sharey=True, width_ratios=[1.0, 1.0, 1.0])
     place = np.arange(len(chosen))[::-1]
@@ -171,6 +172,7 @@ def _draw_slices(figure: Figure, chosen: list[Slice], total: int, report: Report
     panels[0].set_yticks(place, names)
     panels[0].set_ylim(-0.7, len(chosen) - 0.3)
     off = sum(each.adjusted_p < 0.05 for each in report.slices)
+    total = len(report.slices)
     which = "all" if len(chosen) == total else f"the {len(chosen)} farthest off of"
     title = f"Parts of the rows: {which} {total} slices"
     title += f"; red: off by more than chance ({off})" if off else "; none is off beyond chance"

@@ -208,7 +208,7 @@ class Report:
         return calibration_figure(self)
 
     def __repr__(self) -> str:
-        console = Console(file=io.StringIO(), width=96, color_system=None)
+        console = Console(file=io.StringIO(), width=96, color_system=None, force_jupyter=False)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("target", no_wrap=True, max_width=18, overflow="ellipsis")
         for heading in ("50 %", "90 %", "PIT p", "CRPS", "skill", "90 % width"):

@@ -147,6 +147,8 @@ def sbc(
     x, theta = (second, first) if posterior else (first, second)
     theta = np.asarray(theta, np.float64)
     answer: Callable = getattr(model, "predict_distribution", model)
+    if not callable(answer):
+        raise DataError(f"{model!r} is neither a model nor a function of x")
     density = answer(x)
     d = density.event_shape[-1]
     if theta.shape != (n, d):

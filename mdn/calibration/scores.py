@@ -60,14 +60,15 @@ def score(density: Queries, y: np.ndarray, *, draws: int = DRAWS, seed: int = 0)
     shape = (n, y.shape[1])
     pit, crps, width50, width90, mean = (np.full(shape, np.nan) for _ in range(5))
     region = np.full(n, np.nan)
-    components = _components(density)
-    for rows in _blocks(n, shape[1] * components * max(components, shape[1], 8)):
-        part = take_rows(density, (n,), rows)
-        margins = Margins.of(part)
+    components, d = _components(density), shape[1]
+    for rows in _blocks(n, 4 * d * components * max(d, 4)):
+        margins = Margins.of(take_rows(density, (n,), rows))
         pit[rows] = margins.cdf(y[rows])
         mean[rows] = margins.mean()
-        width50[rows] = margins.quantile(0.75) - margins.quantile(0.25)
-        width90[rows] = margins.quantile(0.95) - margins.quantile(0.05)
+        low, lower, upper, high = margins.quantile(np.array([0.05, 0.25, 0.75, 0.95]))
+        width50[rows], width90[rows] = upper - lower, high - low
+    for rows in _blocks(n, d * components**2):
+        margins = Margins.of(take_rows(density, (n,), rows))
         if margins.units is None:
             crps[rows] = _mixture_crps(margins, y[rows])
     drawn = thin(n, _MOST_DRAWN)

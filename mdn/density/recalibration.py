@@ -31,6 +31,19 @@ class Recalibration:
     scale: Any
     sharpness: Any = 1.0
 
+    def to_config(self) -> dict[str, Any]:
+        """Return plain numbers, of which `from_config` makes the same map."""
+        return {
+            "shift": [float(v) for v in self.shift],
+            "scale": [float(v) for v in self.scale],
+            "sharpness": float(self.sharpness),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Recalibration:
+        """Return the map of `to_config`."""
+        return cls(tuple(config["shift"]), tuple(config["scale"]), config["sharpness"])
+
     def apply(self, density: Queries) -> Queries:
         """Return the density that is meant by one that is stated: of its type, same batch."""
         shift, scale = (tf.convert_to_tensor(v, density.dtype) for v in (self.shift, self.scale))

@@ -9,7 +9,6 @@ Shape letters: B batch, T time, H hidden, D event size, K components, P paramete
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -321,7 +320,7 @@ class Head(tfp.layers.DistributionLambda):
 
     def get_config(self) -> dict[str, Any]:
         found = self.recalibration
-        map_config = {} if found is None else {"recalibration": dataclasses.asdict(found)}
+        map_config = {} if found is None else {"recalibration": found.to_config()}
         return {
             **map_config,
             "name": self.name,
@@ -340,7 +339,7 @@ class Head(tfp.layers.DistributionLambda):
         recalibration = options.pop("recalibration", None)
         head = cls(**options)
         if recalibration is not None:
-            head.recalibration = Recalibration(**recalibration)
+            head.recalibration = Recalibration.from_config(recalibration)
         return head
 
     # ------------------------------------------------------------------ starting values
