@@ -7,7 +7,16 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mdn import backbones, calibration, density, features, heads, losses
+    from mdn import (
+        backbones,
+        calibration,
+        density,
+        embeddings,
+        features,
+        heads,
+        losses,
+        optimizers,
+    )
     from mdn.density import (
         GaussianMixture,
         MultivariateNormalDiag,
@@ -36,7 +45,25 @@ _HOME = {
     "Fit": "mdn.fitting.distribution",
     "fit_distribution": "mdn.fitting.distribution",
 }
-_MODULES = ("backbones", "calibration", "density", "features", "heads", "losses")
+_MODULES = (
+    "backbones",
+    "calibration",
+    "density",
+    "embeddings",
+    "features",
+    "heads",
+    "losses",
+    "optimizers",
+)
+    "backbones",
+    "calibration",
+    "density",
+    "embeddings",
+    "features",
+    "heads",
+    "losses",
+    "optimizers",
+)
 
 __all__ = [
     "MDN",
@@ -50,12 +77,14 @@ __all__ = [
     "backbones",
     "calibration",
     "density",
+    "embeddings",
     "features",
     "fit_distribution",
     "heads",
     "load",
     "losses",
     "mixture_of",
+    "optimizers",
 ]
 
 

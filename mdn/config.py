@@ -79,6 +79,7 @@ def check_config(config: DictConfig) -> None:
     groups: dict[str, Any] = {str(name): values.pop(name, None) for name in GROUPS}
     callbacks = values.pop("callbacks", None) or {}
     comparison = values.pop("comparison", None)
+    embedding = values.pop("embedding", None)
     _check(TopOptions, values, "")
     for name, group in groups.items():
         if not isinstance(group, dict) or "_target_" not in group:
@@ -97,7 +98,7 @@ def check_config(config: DictConfig) -> None:
     if model["_target_"] == FITTED and values["init_from"] is not None:
         raise ConfigError("init_from: model=distribution starts from model.initial; leave it out")
     nodes = groups | {f"callbacks.{name}": node for name, node in callbacks.items()}
-    nodes["comparison"] = comparison
+    nodes |= {"comparison": comparison, "embedding": embedding}
     for name, group in nodes.items():
         if group is not None and group.get("_target_") in OPTIONS:
             _check(OPTIONS[group["_target_"]], group, f"{name}.")
@@ -118,6 +119,7 @@ def check_config(config: DictConfig) -> None:
                 f"data=tfrecord is a stream: model={name} needs its rows in memory; use data=npz, "
                 "csv or parquet"
             )
+    _check_recipe(values, groups, embedding)
     if values["ensemble"] > 1:
         _check_ensemble(values["ensemble"], groups)
     if values.get("recalibrate") and model["_target_"] in (FITTED, GENERATIVE):
@@ -176,6 +178,49 @@ def _check_transform(transform: Any, values: dict[str, Any], model: dict[str, An
             )
 
 
+def _check_recipe(values: dict[str, Any], groups: dict[str, Any], embedding: Any) -> None:
+    """Raise a ConfigError where an ingredient of a recipe has no meaning."""
+    trainer, model, data = values["trainer"], groups["model"], groups["data"]
+    if model["_target_"] in (FITTED, GENERATIVE):
+        name = "distribution" if model["_target_"] == FITTED else "vae"
+        if embedding is not None:
+            raise ConfigError(f"embedding: model={name} has none; leave it out")
+        if trainer["jitter"]:
+            raise ConfigError(f"trainer.jitter=true: model={name} has none; set it to false")
+    if trainer["jitter"] and values["target_transform"] is not None:
+        raise ConfigError(
+            "trainer.jitter=true: noise could leave the domain of target_transform; set "
+            "trainer.jitter=false"
+        )
+    if trainer["steps"] is not None and (data.get("stream") or data["_target_"] == STREAMED):
+        raise ConfigError(
+            f"trainer.steps={trainer['steps']}: an epoch of a stream is a pass over it; set "
+            "trainer.steps=null"
+        )
+    if isinstance(trainer["steps"], int) and trainer["steps"] < trainer["epochs"]:
+        raise ConfigError(
+            f"trainer.steps={trainer['steps']}: is cut into trainer.epochs={trainer['epochs']} "
+            "parts; give as many steps at least, or fewer epochs"
+        )
+    if values["ensemble"] == 1:
+        for name in ("folds", "recipe"):
+            if values[name] is not None:
+                raise ConfigError(
+                    f"{name}={values[name]}: needs members that hold out rows; set ensemble=5, or "
+                    f"{name}=null"
+                )
+    if values["recipe"] is not None:
+        if values["init_from"] is not None:
+            raise ConfigError(
+                f"recipe={values['recipe']}: starts anew, init_from={values['init_from']} does not; "
+                "set one of them to null"
+            )
+        if groups["backbone"]["_target_"] != STACKED[0]:
+            raise ConfigError(f"recipe={values['recipe']}: tries depths of backbone=mlp; use that")
+        if "weight_decay" not in groups["optimizer"]:
+            raise ConfigError(f"recipe={values['recipe']}: tries decays; use optimizer=adamw")
+
+
 def _check_ensemble(members: int, groups: dict[str, Any]) -> None:
     """Raise a ConfigError where these groups have no ensemble."""
     target = {name: group["_target_"] for name, group in groups.items()}
@@ -194,11 +239,6 @@ def _check_ensemble(members: int, groups: dict[str, Any]) -> None:
         raise ConfigError(
             f"{asked}: a stream gives all members the same rows; read them into memory, or set "
             "ensemble=1"
-        )
-    if groups["optimizer"].get("global_clipnorm") is not None:
-        raise ConfigError(
-            f"{asked}: optimizer.global_clipnorm={groups['optimizer']['global_clipnorm']} would "
-            "clip all members by one norm; set optimizer.global_clipnorm=null"
         )
 
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 import tf_keras
 
 from mdn.density import MultivariateNormalDiag
-from mdn.density.interval import log_cell
+from mdn.density.interval import log_cell, log_cell_density
 from mdn.density.univariate import Margins
 from mdn.density.univariate import crps as margin_crps
 from mdn.errors import ConfigError, DataError
@@ -260,6 +260,41 @@ class IntervalNLL:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> IntervalNLL:
+        return cls(**config)
+
+
+@register
+class CellNLL:
+    """-ln of the mean density over the cell around y, where y was rounded to a grid.
+
+    That is the interval NLL plus the log of the volume of a cell: in nats of the units of y, so
+    that it compares with the NLL of targets that are on no grid, which it is for these.
+
+    Args:
+        step: of the grid, in the units of y: [D], zero where a target is on none; or what
+            broadcasts to the shape of y.
+        points: of each box, where only a mean over points of it is known (see
+            `mdn.density.interval.log_cell_density`).
+    """
+
+    def __init__(self, step: Any, points: int = 16) -> None:
+        self.step, self.points = np.asarray(step, np.float64).tolist(), int(points)
+
+    def __call__(self, y: tf.Tensor, density: Any) -> tf.Tensor:
+        """Return [..], nats per example.
+
+        Args:
+            y: [.., D], NaN marks a missing entry.
+            density: batch [..], event [D].
+        """
+        y = _targets(y, density)
+        return -log_cell_density(density, y, tf.constant(self.step, y.dtype), self.points)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"step": self.step, "points": self.points}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> CellNLL:
         return cls(**config)
 
 

@@ -44,12 +44,15 @@ class HeadOptions(Target):
     event_size: PositiveInt | None
     positivity: Literal["softplus", "exp", "elu"]
     min_scale: PositiveFloat
+    grid_floor: bool
     kernel_scale: NonNegativeFloat
     target_transform: Any
 
 
 class MixtureOptions(HeadOptions):
     components: PositiveInt
+    background: Share | Literal["auto", "learned"]
+    start: Literal["clusters", "centre"]
 
 
 class LowRankOptions(MixtureOptions):
@@ -86,6 +89,10 @@ class DistributionOptions(Target):
     dtype: Literal["float32", "float64"] | None
     compiled: bool
     seed: NonNegativeInt
+
+
+class PiecewiseLinearOptions(Target):
+    bins: Annotated[int, Field(ge=2)]
 
 
 class MLPOptions(Target):
@@ -196,6 +203,7 @@ class OptimizerOptions(Target):
 
 class AdamWOptions(OptimizerOptions):
     weight_decay: NonNegativeFloat
+    decay: Literal["all", "kernels"]
 
 
 class SGDOptions(OptimizerOptions):
@@ -287,6 +295,7 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.heads.MixtureLowRank": LowRankOptions,
     FITTED: DistributionOptions,
     GENERATIVE: VAEOptions,
+    "mdn.embeddings.PiecewiseLinear": PiecewiseLinearOptions,
     "mdn.backbones.MLP": MLPOptions,
     "mdn.backbones.ResNet": ResNetOptions,
     "mdn.backbones.Constant": Target,
@@ -302,7 +311,7 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.data.flights.Flights": FlightsOptions,
     "mdn.data.digits.Digits": DigitsOptions,
     "tf_keras.optimizers.Adam": OptimizerOptions,
-    "tf_keras.optimizers.AdamW": AdamWOptions,
+    "mdn.optimizers.AdamW": AdamWOptions,
     "tf_keras.optimizers.SGD": SGDOptions,
     "mdn.callbacks.stopping.EarlyStopping": EarlyStoppingOptions,
     "mdn.callbacks.stopping.ReduceLROnPlateau": PlateauOptions,
@@ -320,9 +329,12 @@ OPTIONS: dict[str, type[Target]] = {
 
 class TrainerOptions(Section):
     epochs: PositiveInt
-    batch_size: PositiveInt
+    steps: PositiveInt | Literal["auto"] | None
+    batch_size: PositiveInt | Literal["auto"]
     schedule: Literal["constant", "cosine", "plateau"]
-    warmup: Share
+    warmup: NonNegativeFloat
+    ema: Share | None
+    jitter: bool
     compiled: bool
     steps_per_execution: PositiveInt | None
     deterministic: bool
@@ -333,6 +345,8 @@ class TrainerOptions(Section):
 class TopOptions(Section):
     loss: Any
     ensemble: PositiveInt = 1
+    recipe: Literal["auto"] | None
+    folds: Annotated[int, Field(ge=2)] | None
     recalibrate: bool | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     output_dir: str | None

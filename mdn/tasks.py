@@ -18,7 +18,6 @@ from mdn.base import TrainedModel
 from mdn.calibration import sbc
 from mdn.callbacks.panels import DensityPanels, Panels, VAEPanels
 from mdn.config import make
-from mdn.data.folds import draw_members
 from mdn.data.rows import Data
 from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, RunError
@@ -28,6 +27,7 @@ from mdn.features import Columns
 from mdn.figures import write_figures
 from mdn.model import MDN, load
 from mdn.plots import save_plots
+from mdn.preparation import draw_members
 from mdn.recalibration import RecalibrationFit
 from mdn.vae import VAE
 from mdn.vae_evaluation import evaluate_vae
@@ -80,8 +80,7 @@ class DensityTask:
     """A conditional density: `MDN`."""
 
     def build(self, config: DictConfig, data: Data, **options: Any) -> MDN:
-        options = {"event_size": len(data.targets), **options}
-        model = MDN(make(config, "model", **options), make(config, "backbone"))
+        model = make_network(config, **{"event_size": len(data.targets), **options})
         for rows in (data.train, data.validation, data.test):
             model.head.check_domain(rows.y, data.targets)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
@@ -90,6 +89,8 @@ class DensityTask:
     def check_start(self, model: Any, fresh: MDN, config: DictConfig, data: Data) -> None:
         for part in ("head", "backbone"):
             _compare(config, part, *(_options(getattr(m, part)) for m in (model, fresh)))
+        embeddings = [{} if m.embedding is None else _options(m.embedding) for m in (model, fresh)]
+        _compare(config, "embedding", *embeddings)
         was, now = (_encoder_input(m.encoder) for m in (model, fresh))
         if was != now:
             raise RunError(
@@ -138,9 +139,8 @@ class EnsembleTask(DensityTask):
     """M conditional densities that are trained together: `Ensemble`."""
 
     def build(self, config: DictConfig, data: Data, **options: Any) -> Ensemble:
-        options = {"event_size": len(data.targets), **options}
-        member = MDN(make(config, "model", **options), make(config, "backbone"))
-        model = Ensemble(member, members=config.ensemble)
+        network = make_network(config, **{"event_size": len(data.targets), **options})
+        model = Ensemble(network, members=config.ensemble)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
         return model
 
@@ -150,7 +150,8 @@ class EnsembleTask(DensityTask):
         super().check_start(model, fresh, config, data)
 
     def _fit_recalibration(self, model: Any, config: DictConfig, data: Data) -> RecalibrationFit:
-        rows, _, held_out = draw_members(config, data)
+        _, held_out = draw_members(config, data)
+        rows = data.train.append(data.validation)
         return model.recalibrate(rows.x, rows.y, rows.weight, rows=held_out, seed=config.seed)
 
     def judge(self, model: Any, data: Data, history: History, plots: Path) -> dict[str, float]:
@@ -233,6 +234,17 @@ def build_model(config: DictConfig, data: Data) -> TrainedModel:
         return model
     finally:
         tf_keras.mixed_precision.set_global_policy("float32")
+
+
+def make_network(config: DictConfig, **options: Any) -> MDN:
+    """Return the network of the config, without scaling or starting values.
+
+    Args:
+        config: the config.
+        **options: in place of those of `config.model`.
+    """
+    embedding = None if config.get("embedding") is None else make(config, "embedding")
+    return MDN(make(config, "model", **options), make(config, "backbone"), embedding=embedding)
 
 
 def _compare(config: DictConfig, part: str, was: dict[str, Any], now: dict[str, Any]) -> None:

@@ -10,25 +10,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 import tf_keras
 from omegaconf import DictConfig, OmegaConf
 
 from mdn.base import TrainedModel
+from mdn.budget import epoch_steps, member_rows, settle
+from mdn.callbacks.averaging import AveragedWeights
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.interrupt import Interrupt
 from mdn.callbacks.tensorboard import write_pictures
-from mdn.compiled import EVALUATION_BATCH
 from mdn.config import make
 from mdn.data.checks import check_batch_size
-from mdn.data.folds import draw_members
-from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Data
 from mdn.errors import DataError, RunError
 from mdn.evaluation import print_table
 from mdn.options import GENERATIVE
+from mdn.preparation import compile_model, make_batches
+from mdn.recipes import choose_recipe, describe
 from mdn.runs import RunDirectory, provenance
 from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task
@@ -62,14 +62,20 @@ def train(
     seed_everything(config)
     ignored = config.model._target_ == GENERATIVE and "missing" in config.data
     data: Data = make(config, "data", **({"missing": "indicator"} if ignored else {})).load()
-    check_batch_size(data.train_rows, config.trainer.batch_size)
     if config.get("recalibrate") and data.validation is data.train:
         raise DataError(
             "recalibrate=true: all rows are learned from, so that none can judge; leave it out"
         )
+    tried: dict[str, Any] = {}
+    if config.recipe == "auto":
+        with strategy.scope():
+            config, tried = choose_recipe(config, data, directory.read_json("recipe.json"))
+        seed_everything(config)
+    config = settle(config, data)
+    check_batch_size(member_rows(config, data), config.trainer.batch_size)
     with strategy.scope():
         model = build_model(config, data)
-        compile_model(model, config, data.train_rows // config.trainer.batch_size)
+        compile_model(model, config, epoch_steps(config, data))
     chief = is_chief(strategy)
     callbacks, checkpoint = make_callbacks(config, data, directory, chief)
     callbacks.append(first_step)
@@ -81,6 +87,9 @@ def train(
     directory.create()
     with directory.logging():
         log.info("run directory: %s", directory.path)
+        if tried:
+            directory.write_json("recipe.json", tried)
+            log.info(describe(tried))
         try:
             progress = fit(model, config, data, directory, callbacks, checkpoint)
             metrics = finish(model, config, data, directory, progress, first_step.seconds)
@@ -102,34 +111,6 @@ def seed_everything(config: DictConfig) -> None:
     tf_keras.utils.set_random_seed(config.seed)
     if config.trainer.deterministic:
         tf.config.experimental.enable_op_determinism()
-
-
-def compile_model(model: TrainedModel, config: DictConfig, steps: int) -> None:
-    """Compile the model with the optimizer and schedule of the config.
-
-    Args:
-        model: the model.
-        config: the config.
-        steps: train steps an epoch.
-    """
-    trainer = config.trainer
-    options = {}
-    if trainer.schedule == "cosine":
-        total, peak = steps * trainer.epochs, config.optimizer.learning_rate
-        warmup = round(trainer.warmup * total)
-        options["learning_rate"] = tf_keras.optimizers.schedules.CosineDecay(
-            initial_learning_rate=0.0 if warmup else peak,
-            decay_steps=total - warmup,
-            warmup_target=peak if warmup else None,
-            warmup_steps=warmup,
-        )
-    optimizer = make(config, "optimizer", **options)
-    model.compile(
-        optimizer,
-        loss=config.loss if isinstance(config.loss, str) else OmegaConf.to_container(config.loss),
-        jit_compile=None if trainer.compiled else False,
-        steps_per_execution=trainer.steps_per_execution,
-    )
 
 
 def make_callbacks(
@@ -166,6 +147,8 @@ def make_callbacks(
         if name != "checkpoint"
     ]
     callbacks += [NanGuard(data.train, data.features, data.targets), EpochLog()]
+    if config.trainer.ema is not None:
+        callbacks.append(AveragedWeights())  # behind those that read the weights
     folder = str(directory / "checkpoints")
     if "checkpoint" in nodes:
         checkpoint = make(
@@ -236,7 +219,7 @@ def finish(
     task = get_task(config)
     recalibration = task.recalibrate(model, config, data) if config.get("recalibrate") else {}
     model.save(directory / "model.keras")
-    rows = data.train_rows // config.trainer.batch_size * config.trainer.batch_size
+    rows = epoch_steps(config, data) * config.trainer.batch_size
     metrics = {
         **task.judge(model, data, progress.history, directory / "plots"),
         **recalibration,
@@ -258,38 +241,6 @@ def finish(
     directory.write_json("metrics.json", metrics)
     print_table(metrics)
     return metrics
-
-
-def make_batches(
-    model: TrainedModel, config: DictConfig, data: Data, first_epoch: int
-) -> tuple[Batches, Batches]:
-    """Return what a model learns from and what it is validated on.
-
-    Member 0 of an ensemble has the rows of a single run. Of a random split, the other members hold
-    out as many rows, but others. Any other split stays as it is for all.
-    """
-    order = {
-        "seed": config.seed,
-        "first_epoch": first_epoch,
-        "chunk": config.trainer.steps_per_execution,
-    }
-    size = config.trainer.batch_size
-    held_out = model.arrays(data.validation)
-    validation: dict[str, Any] = {"complete": model.is_complete(held_out)}
-    if data.stream is not None:
-        batches = data.stream.batches(model, size, **order)
-    else:
-        arrays = model.arrays(data.train)
-        if config.ensemble > 1:
-            arrays = tuple(map(np.concatenate, zip(arrays, held_out, strict=True)))
-            learned, folds = draw_members(config, data)[1:]
-            held_out, order["members"], validation["members"] = arrays, learned, folds
-            validation["complete"] = model.is_complete(arrays)
-        order["complete"] = model.is_complete(arrays)
-        batches = training_batches(arrays, size, **order)
-    return batches, evaluation_batches(
-        held_out, EVALUATION_BATCH, chunk=batches.chunk, **validation
-    )
 
 
 class FirstStep(tf_keras.callbacks.Callback):

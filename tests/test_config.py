@@ -49,7 +49,7 @@ def nodes_of(path):
 def test_groups_are_those_of_the_design():
     assert set(GROUPS) == {
         *("model", "backbone", "data", "optimizer", "trainer", "callbacks", "strategy"),
-        "experiment",
+        *("embedding", "experiment"),
     }
     assert len(FILES) > 25
 
