@@ -55,15 +55,6 @@ _MODULES = (
     "losses",
     "optimizers",
 )
-    "backbones",
-    "calibration",
-    "density",
-    "embeddings",
-    "features",
-    "heads",
-    "losses",
-    "optimizers",
-)
 
 __all__ = [
     "MDN",

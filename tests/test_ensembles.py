@@ -321,7 +321,7 @@ def run(directory, *overrides):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "run"
-    return directory, run(directory, "ensemble=2", "recalibrate=true")
+    return directory, run(directory, "ensemble=2")
 
 
 @one_worker
@@ -337,7 +337,6 @@ def test_run_writes_what_a_single_one_does(finished):
         assert metrics[f"test/{part}_stddev"] == pytest.approx(expected, rel=1e-4)
         assert metrics[f"test/{part}_stddev/t"] == metrics[f"test/{part}_stddev"]
     assert metrics["model/parameters"] == model.count_params()
-    assert {"recalibration/gain", "recalibration/taken"} <= metrics.keys()
     log_prob = model.predict_distribution(test.x).log_prob(test.y.astype(np.float32))
     assert metrics["test/nll"] == pytest.approx(-np.mean(log_prob), rel=1e-5)
     signature = tf.saved_model.load(directory / "saved_model").signatures["log_prob"]

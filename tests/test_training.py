@@ -195,7 +195,7 @@ SIMULATED = {
     "callbacks.tensorboard=null",
     "arma_jump": "model=mixture_diag trainer.precision=mixed_bfloat16 "
     "callbacks.early_stopping=null",
-    "slcp": "model=mixture_diag k=2",
+    "slcp": "model=mixture_diag k=2 ensemble=2 recalibrate=true",
     "skew_normal": "model=tril_precision",
     "bivariate_mixture": "model=tril_precision backbone=constant",
     "linear_gaussian": "model=low_rank recalibrate=true",
