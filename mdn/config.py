@@ -126,6 +126,9 @@ def check_config(config: DictConfig) -> None:
     _check_recipe(values, groups, embedding)
     if values["ensemble"] > 1:
         _check_ensemble(values["ensemble"], groups)
+    if values.get("recalibrate") and model["_target_"] in (FITTED, GENERATIVE):
+        name = "distribution" if model["_target_"] == FITTED else "vae"
+        raise ConfigError(f"recalibrate=true: model={name} has no p(y | x); leave it out")
     if model["_target_"] == FITTED:
         mixture = str(model["distribution"]).endswith("GaussianMixture")
         if mixture and model["components"] is None:

@@ -10,8 +10,10 @@ M ensemble members, N rows, S steps of a chunk.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +31,7 @@ from mdn.density.queries import Queries
 from mdn.errors import ConfigError
 from mdn.inference import largest_batch
 from mdn.model import MDN, PARTS
+from mdn.recalibration import RecalibrationFit
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
 
@@ -336,6 +339,51 @@ class Ensemble(MDN):
         return self(x, training=False).log_prob(y)
 
     # ------------------------------------------------------------------ answers for many rows
+
+    def recalibrate(
+        self,
+        x: Features,
+        y: np.ndarray,
+        sample_weight: Any = None,
+        *,
+        rows: Sequence[np.ndarray] | None = None,
+        seed: int = 0,
+    ) -> RecalibrationFit:
+        """Recalibrate the members by one map, as `MDN.recalibrate` does.
+
+        With `rows`, a row is judged by the mixture of those members that have not learned from it,
+        often one. The mixture of all is wider than one member where they differ, and a map that
+        widens each may be too much for it: so one is taken only if the mixture of all gains too,
+        on the same rows, of which it has learned and which are therefore no reason to widen.
+
+        Args:
+            x: as for `MDN.recalibrate`.
+            y: as for `MDN.recalibrate`.
+            sample_weight: [N], row weights.
+            rows: for each member, the row numbers that it has not learned from, increasing; by
+                default none has learned from any.
+            seed: as for `MDN.recalibrate`.
+        """
+        fit = self._recalibrate(x, y, sample_weight, rows, seed)
+        if rows is None or fit.map is None:
+            return fit
+        gain = self.log_prob(x, y)
+        self.set_recalibration(None)
+        gain -= self.log_prob(x, y)
+        if sample_weight is not None:
+            gain *= np.reshape(sample_weight, [-1] + [1] * (gain.ndim - 1))
+        if np.nansum(gain, dtype=np.float64) <= 0.0:
+            return dataclasses.replace(fit, map=None)
+        self.set_recalibration(fit.map)
+        return fit
+
+    def member_answers(
+        self, x: Features, rows: Sequence[np.ndarray] | None = None
+    ) -> Iterator[tuple[Any, Queries]]:
+        for m in range(self.members):
+            index = slice(None) if rows is None else rows[m]
+            own = {k: v[index] for k, v in x.items()} if isinstance(x, dict) else x[index]
+            yield index, self.member(m).predict_distribution(own)
 
     def uncertainty(self, x: Features, batch_size: int | None = None) -> Uncertainty:
         """Return the covariance of the predictive density in two parts (law of total variance).

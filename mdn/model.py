@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import types
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Features, Rows
 from mdn.data.splits import thin
 from mdn.density.queries import Queries
+from mdn.density.recalibration import Recalibration
 from mdn.density.transformed import rebuilder
 from mdn.errors import ConfigError, DataError, RunError
 from mdn.features import Columns, Standardize, as_tensors
 from mdn.heads import Diag, Head, MixtureDiag
 from mdn.inference import RowProgram, largest_batch
+from mdn.recalibration import RecalibrationFit, recalibrate
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
 
@@ -488,6 +490,52 @@ class MDN(TrainedModel):
     def row_losses(self, rows: Rows) -> np.ndarray:
         losses = -self.log_prob(rows.x, rows.y)
         return losses.reshape([len(losses), -1]).max(axis=1)  # the worst step of each
+
+    # ------------------------------------------------------------------ recalibration
+
+    def recalibrate(
+        self, x: Features, y: np.ndarray, sample_weight: Any = None, *, seed: int = 0
+    ) -> RecalibrationFit:
+        """Move and widen the components, and sharpen their weights, by the likelihood of rows.
+
+        The few numbers of the map (`mdn.density.recalibration`) are the same for every x. From
+        then on every answer is of the recalibrated density, which is of the same type; they are
+        saved and exported with the model. A map that was there before is replaced.
+
+        Args:
+            x: features of rows that the model has not learned from, as for `fit`.
+            y: [N, D] or [N, T, D]; NaN marks a missing entry.
+            sample_weight: [N], row weights.
+            seed: of the folds, and of the points in the cells of targets on a grid.
+
+        Returns:
+            What the map is worth on rows it was not fitted to. One that gains less than two
+            standard errors is not taken, and the model is then as if never recalibrated.
+        """
+        return self._recalibrate(x, y, sample_weight, None, seed)
+
+    def _recalibrate(
+        self, x: Any, y: Any, weight: Any, rows: Sequence[np.ndarray] | None, seed: int
+    ) -> RecalibrationFit:
+        self._check_adapted()
+        self.set_recalibration(None)
+        fit = recalibrate(self, _as_features(x), y, weight, rows, seed)
+        self.set_recalibration(fit.map)
+        return fit
+
+    def set_recalibration(self, recalibration: Recalibration | None) -> None:
+        """Take a map of the density, in the units of y (transformed ones, where they are)."""
+        self.head.recalibration = recalibration
+        # Programs that were made for another density.
+        vars(self._programs).clear()
+        self._loop.functions = {}
+        self.train_function = self.test_function = self.predict_function = None
+
+    def member_answers(
+        self, x: Features, rows: Sequence[np.ndarray] | None = None
+    ) -> Iterator[tuple[Any, Queries]]:
+        """Yield the rows that a member is asked of, and its density of them: of an MDN, all."""
+        yield slice(None), self.predict_distribution(x)
 
     # ------------------------------------------------------------------ saving
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,19 +15,25 @@ import tf_keras
 from omegaconf import DictConfig
 
 from mdn.base import TrainedModel
+from mdn.calibration import sbc
 from mdn.callbacks.panels import DensityPanels, Panels, VAEPanels
 from mdn.config import make
 from mdn.data.rows import Data
 from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, RunError
-from mdn.evaluation import evaluate, evaluate_members
+from mdn.evaluation import evaluate, evaluate_members, mean_gain
 from mdn.export import export_saved_model, export_vae
 from mdn.features import Columns
+from mdn.figures import write_figures
 from mdn.model import MDN, load
 from mdn.plots import save_plots
+from mdn.preparation import member_folds
+from mdn.recalibration import RecalibrationFit
 from mdn.vae import VAE
 from mdn.vae_evaluation import evaluate_vae
 from mdn.vae_plots import save_vae_plots
+
+log = logging.getLogger(__name__)
 
 History = Mapping[str, Sequence[float]]
 
@@ -55,6 +62,9 @@ class Task(Protocol):
         Raises:
             RunError: it is not.
         """
+
+    def recalibrate(self, model: Any, config: DictConfig, data: Data) -> dict[str, float]:
+        """Recalibrate the model by rows it has not learned from; return what that is worth."""
 
     def judge(self, model: Any, data: Data, history: History, plots: Path) -> dict[str, float]:
         """Return the metrics on the test rows, and write the plots."""
@@ -96,10 +106,27 @@ class DensityTask:
         model.head.grid = fresh.head.grid
         model.targets = fresh.targets
 
+    def recalibrate(self, model: MDN, config: DictConfig, data: Data) -> dict[str, float]:
+        before = model.log_prob(data.test.x, data.test.y)
+        fit = self._fit_recalibration(model, config, data)
+        log.info("%s", fit)
+        metrics = fit.metrics(data.targets)
+        if fit.map is not None:
+            metrics |= mean_gain(model.log_prob(data.test.x, data.test.y) - before, data.test)
+        return {f"recalibration/{key}": value for key, value in metrics.items()}
+
+    def _fit_recalibration(self, model: MDN, config: DictConfig, data: Data) -> RecalibrationFit:
+        rows = data.validation
+        return model.recalibrate(rows.x, rows.y, rows.weight, seed=config.seed)
+
     def judge(self, model: MDN, data: Data, history: History, plots: Path) -> dict[str, float]:
         evaluation = evaluate(model, data)
         save_plots(model, data, history, evaluation, plots)
-        return evaluation.metrics
+        if not hasattr(data.truth, "draw"):
+            return evaluation.metrics
+        found = sbc(model, data.truth, names=data.targets)
+        write_figures({"sbc": found.plot()}, plots)
+        return evaluation.metrics | found.metrics()
 
     def export(self, model: MDN, path: Path, targets: Sequence[str]) -> None:
         export_saved_model(model, path, overwrite=True, targets=targets)
@@ -123,6 +150,12 @@ class EnsembleTask(DensityTask):
         _compare(config, "ensemble", *members)
         super().check_start(model, fresh, config, data)
 
+    def _fit_recalibration(self, model: Any, config: DictConfig, data: Data) -> RecalibrationFit:
+        folds = member_folds(config, data)
+        held_out = None if folds is None else folds[1]
+        rows = data.train.append(data.validation)
+        return model.recalibrate(rows.x, rows.y, rows.weight, rows=held_out, seed=config.seed)
+
     def judge(self, model: Any, data: Data, history: History, plots: Path) -> dict[str, float]:
         return {**super().judge(model, data, history, plots), **evaluate_members(model, data)}
 
@@ -144,6 +177,9 @@ class VAETask:
             options.pop("backbone")
         _compare(config, "backbone", *(_options(m.backbone) for m in (model, fresh)))
         _compare(config, "model", *({**c, "name": ""} for c in configs))
+
+    def recalibrate(self, model: VAE, config: DictConfig, data: Data) -> dict[str, float]:
+        raise ConfigError("recalibrate=true: model=vae has no p(y | x); leave it out")
 
     def judge(self, model: VAE, data: Data, history: History, plots: Path) -> dict[str, float]:
         metrics = evaluate_vae(model, data)
@@ -189,6 +225,8 @@ def build_model(config: DictConfig, data: Data) -> TrainedModel:
         # A registered class of the user's own can be loaded once its module is imported.
         importlib.import_module(config.backbone._target_.rpartition(".")[0])
         model = load(f"{config.init_from}/model.keras")
+        if isinstance(model, MDN):
+            model.set_recalibration(None)  # of what it learned there
         if type(model) is not type(fresh):
             raise RunError(
                 f"init_from={config.init_from} holds a {type(model).__name__}, not a "

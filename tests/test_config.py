@@ -103,6 +103,8 @@ def test_trainer_options_are_checked():
     ("overrides", "message"),
     [
         (["k=0"], "k=0: must be greater than 0"),
+        (["recalibrate=3"], "recalibrate=3: must be a valid boolean"),
+        (["recalibrate=true", "model=vae", "data=digits"], "recalibrate=true: model=vae has no"),
         (["k=three"], "k=three: must be a valid integer"),
         (["model=tril", "k=3"], "k=3: this model has no components; use model=mixture"),
         (["+k=3", "model=diag"], "k=3: this model has no components; use model=mixture"),
