@@ -480,7 +480,7 @@ class Ensemble(MDN):
         parts = {"head": model.head, "backbone": model.backbone, "encoder": self.encoder}
         parts = {name: serialize(part) for name, part in parts.items()}
         own = {"name": self.name, "members": self.members, "missing": self.missing}
-        return {**own, **parts}
+        return {**own, **self.names_config(), **parts}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Ensemble:
@@ -490,6 +490,7 @@ class Ensemble(MDN):
         }
         model = cls(MDN(**parts), members=config["members"], name=config["name"])
         model.missing = config["missing"]
+        model.restore_names(config)
         return model
 
 

@@ -332,11 +332,15 @@ class MDN(TrainedModel):
         """
         programs = vars(self._programs)
         if name not in programs:
-            compiled = self.xla if self.optimizer is None else bool(self._jit_compile)
-            # Of bfloat16 XLA leaves roundings out, and would not answer as the artefact does.
-            whole = tf.as_dtype(self.backbone.compute_dtype or self.dtype).size >= 4
-            programs[name] = RowProgram(function, compiled and whole)
+            programs[name] = self.row_program(function)
         return programs[name](arrays, self._largest_batch if batch_size is None else batch_size)
+
+    def row_program(self, function: Callable) -> RowProgram:
+        """Return a program of rows that calls this model, compiled as far as its parts can be."""
+        compiled = self.xla if self.optimizer is None else bool(self._jit_compile)
+        # Of bfloat16 XLA leaves roundings out, and would not answer as the artefact does.
+        whole = tf.as_dtype(self.backbone.compute_dtype or self.dtype).size >= 4
+        return RowProgram(function, compiled and whole)
 
     @property
     def _largest_batch(self) -> int:
@@ -435,7 +439,7 @@ class MDN(TrainedModel):
         serialize = tf_keras.saving.serialize_keras_object
         parts = {"head": self.head, "backbone": self.backbone, "encoder": self.encoder}
         parts = {name: serialize(part) for name, part in parts.items()}
-        return {"name": self.name, "missing": self.missing, **parts}
+        return {"name": self.name, "missing": self.missing, **self.names_config(), **parts}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> MDN:
@@ -445,6 +449,7 @@ class MDN(TrainedModel):
         }
         model = cls(name=config["name"], **parts)
         model.missing = config["missing"]
+        model.restore_names(config)
         return model
 
     def get_build_config(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from mdn.base import TrainedModel
 from mdn.callbacks.panels import DensityPanels, Panels, VAEPanels
 from mdn.config import make
-from mdn.data.rows import Data
+from mdn.data.rows import ColumnNames, Data
 from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, RunError
 from mdn.evaluation import evaluate, evaluate_members
@@ -59,8 +59,11 @@ class Task(Protocol):
     def judge(self, model: Any, data: Data, history: History, plots: Path) -> dict[str, float]:
         """Return the metrics on the test rows, and write the plots."""
 
-    def export(self, model: Any, path: Path, targets: Sequence[str]) -> None:
-        """Write the SavedModel."""
+    def score(self, model: Any, data: Data) -> dict[str, float]:
+        """Return the same metrics alone."""
+
+    def export(self, model: Any, path: Path, config: DictConfig, overwrite: bool = True) -> None:
+        """Write the SavedModel, with the config in it."""
 
     def panels(self, data: Data, rows: int) -> Panels:
         """Return what the dashboard shows besides scalars."""
@@ -75,6 +78,7 @@ class DensityTask:
         for rows in (data.train, data.validation, data.test):
             model.head.check_domain(rows.y, data.targets)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
+        model.column_names = ColumnNames(data.features, data.targets)
         return model
 
     def check_start(self, model: Any, fresh: MDN, config: DictConfig, data: Data) -> None:
@@ -94,14 +98,18 @@ class DensityTask:
             )
         model.missing = data.missing
         model.head.grid = fresh.head.grid
+        model.column_names = fresh.column_names
 
     def judge(self, model: MDN, data: Data, history: History, plots: Path) -> dict[str, float]:
         evaluation = evaluate(model, data)
         save_plots(model, data, history, evaluation, plots)
         return evaluation.metrics
 
-    def export(self, model: MDN, path: Path, targets: Sequence[str]) -> None:
-        export_saved_model(model, path, overwrite=True, targets=targets)
+    def score(self, model: MDN, data: Data) -> dict[str, float]:
+        return evaluate(model, data).metrics
+
+    def export(self, model: MDN, path: Path, config: DictConfig, overwrite: bool = True) -> None:
+        export_saved_model(model, path, overwrite, config=config)
 
     def panels(self, data: Data, rows: int) -> Panels:
         return DensityPanels(data, rows)
@@ -115,6 +123,7 @@ class EnsembleTask(DensityTask):
         member = MDN(make(config, "model", **options), make(config, "backbone"))
         model = Ensemble(member, members=config.ensemble)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
+        model.column_names = ColumnNames(data.features, data.targets)
         return model
 
     def check_start(self, model: Any, fresh: MDN, config: DictConfig, data: Data) -> None:
@@ -124,6 +133,9 @@ class EnsembleTask(DensityTask):
 
     def judge(self, model: Any, data: Data, history: History, plots: Path) -> dict[str, float]:
         return {**super().judge(model, data, history, plots), **evaluate_members(model, data)}
+
+    def score(self, model: Any, data: Data) -> dict[str, float]:
+        return {**super().score(model, data), **evaluate_members(model, data)}
 
 
 class VAETask:
@@ -135,12 +147,14 @@ class VAETask:
         for rows in (data.train, data.validation, data.test):
             model.arrays(rows)  # a mistake in any of them is told now
         model.adapt(data.train.y)
+        model.column_names = ColumnNames(targets=data.targets)
         return model
 
     def check_start(self, model: Any, fresh: VAE, config: DictConfig, data: Data) -> None:
         configs = [m.get_config() for m in (model, fresh)]
         for options in configs:
             options.pop("backbone")
+            options.pop("column_names")
         _compare(config, "backbone", *(_options(m.backbone) for m in (model, fresh)))
         _compare(config, "model", *({**c, "name": ""} for c in configs))
 
@@ -149,8 +163,11 @@ class VAETask:
         save_vae_plots(model, data, history, plots)
         return metrics
 
-    def export(self, model: VAE, path: Path, targets: Sequence[str]) -> None:
-        export_vae(model, path, overwrite=True, targets=targets)
+    def score(self, model: VAE, data: Data) -> dict[str, float]:
+        return evaluate_vae(model, data)
+
+    def export(self, model: VAE, path: Path, config: DictConfig, overwrite: bool = True) -> None:
+        export_vae(model, path, overwrite, config=config)
 
     def panels(self, data: Data, rows: int) -> Panels:
         return VAEPanels(data, rows)

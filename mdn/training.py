@@ -27,6 +27,7 @@ from mdn.data.rows import Data
 from mdn.data.splits import draw_folds
 from mdn.errors import RunError
 from mdn.evaluation import print_table
+from mdn.export import directory_size
 from mdn.options import GENERATIVE
 from mdn.runs import RunDirectory, provenance
 from mdn.strategy import is_chief
@@ -241,7 +242,8 @@ def finish(
     }
     if to_first_step is not None:  # else nothing was left to train
         metrics["train/seconds_to_first_step"] = to_first_step
-    task.export(model, directory / "saved_model", data.targets)
+    task.export(model, directory / "saved_model", config)
+    metrics["export/bytes"] = directory_size(directory / "saved_model")
     if config.get("comparison") is not None:
         metrics |= make(config, "comparison")(config)
     directory.write_json("provenance.json", provenance(config, data.fingerprint()))

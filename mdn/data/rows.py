@@ -39,6 +39,19 @@ class Rows:
         return Rows(x, self.y[index], weight, label)
 
 
+@dataclasses.dataclass(frozen=True)
+class ColumnNames:
+    """What the columns of x and y are called; empty where nobody said.
+
+    Attributes:
+        features: F names.
+        targets: D names.
+    """
+
+    features: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+
+
 class Truth(Protocol):
     """The known density of a simulator."""
 
