@@ -21,7 +21,7 @@ from mdn.config import make
 from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Data, Rows
 from mdn.data.schema import TableReader, column_of
-from mdn.errors import RunError
+from mdn.errors import DataError, RunError
 from mdn.export import directory_size
 from mdn.model import load
 from mdn.options import FITTED, GENERATIVE
@@ -46,7 +46,7 @@ def load_run(run: str | os.PathLike[str]) -> tuple[Any, DictConfig]:
     """
     folder = check_run(run)
     try:
-        config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+        config: Any = OmegaConf.load(folder / ".hydra" / "config.yaml")
         if config.model._target_ == FITTED:
             raise RunError(
                 f"{run} is a fit without features (model=distribution): its saved_model/ answers, "
@@ -78,12 +78,13 @@ def data_of(model: Any, config: DictConfig, table: str | None) -> Data:
     weighted = isinstance(name, str)
     reader = TableReader(schema_of(model), table, keep=[name] if weighted else (), known=True)
     blocks = list(reader.blocks())
-    parts = [block.x for block in blocks]
-    x: Any = (
-        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        if parts and isinstance(parts[0], dict)
-        else np.concatenate(parts)
-    )
+    if not blocks:
+        raise DataError(f"{table} has column names but no rows: give a file with rows")
+    parts: list[Any] = [block.x for block in blocks]
+    if isinstance(parts[0], dict):
+        x: Any = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    else:
+        x = np.concatenate(parts)
     y = np.concatenate([block.y for block in blocks])
     weight = None
     if weighted:
@@ -108,9 +109,7 @@ def predict_run(
     model, _ = load_run(run)
     identity = file_identity(Path(run) / "model.keras")
     quantiles = QUANTILES if quantiles is None else quantiles
-    return predict_file(
-        model, table, output, quantiles=quantiles, identity=identity, **options
-    )
+    return predict_file(model, table, output, quantiles=quantiles, identity=identity, **options)
 
 
 def evaluate_run(

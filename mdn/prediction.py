@@ -163,6 +163,9 @@ def predict_file(
     try:
         total = _write_parts(reader, answerer, parts, progress)
         parts.join(path, {**dataclasses.asdict(total), "mdn": mdn.__version__})
+    except DataError:
+        parts.remove()  # the table must change, and with it the request
+        raise
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     return total
@@ -185,7 +188,6 @@ def _write_parts(
         total.add(counts)
         progress(total.rows, block.share)
     if not total.rows:
-        parts.remove()
         raise DataError(f"{reader.path} has column names but no rows: give a file with rows")
     return total
 
@@ -253,7 +255,10 @@ class _Answerer:
             "scored": int(known.sum()) if block.y is not None else 0,
             "log_prob": float(log_prob[known].sum(dtype=np.float64)),
         }
-        order = [*block.kept.column_names, *(n for n in columns if n not in block.kept.column_names)]
+        order = [
+            *block.kept.column_names,
+            *(n for n in columns if n not in block.kept.column_names),
+        ]
         return pa.table({name: columns[name] for name in order}), counts
 
     def _lacking(self, x: np.ndarray) -> np.ndarray:

@@ -307,9 +307,7 @@ def test_description_names_inputs_outputs_and_targets(exported):
             ("outputs", signatures[name].structured_outputs),
         ):
             found = {k: {"dtype": s.dtype.name, "shape": list(s.shape)} for k, s in specs.items()}
-            plain = {
-                k: {"dtype": v["dtype"], "shape": v["shape"]} for k, v in stated[key].items()
-            }
+            plain = {k: {"dtype": v["dtype"], "shape": v["shape"]} for k, v in stated[key].items()}
             assert plain == found
     parameters = description["signatures"]["serving_default"]["outputs"]
     assert parameters["scale_tril"]["shape"] == [None, 2, 2, 2]
@@ -335,7 +333,9 @@ def test_saved_model_cli(exported, tmp_path):
     cli = [sys.executable, "-m", "tensorflow.python.tools.saved_model_cli"]
     with ThreadPoolExecutor(4) as pool:  # each process imports TensorFlow
         done = list(
-            pool.map(lambda job: subprocess.run([*cli, *job], capture_output=True, text=True), jobs)
+            pool.map(
+                lambda job: subprocess.run([*cli, *job], capture_output=True, text=True), jobs
+            )
         )
     for process in done:
         assert process.returncode == 0, process.stderr[-2000:]

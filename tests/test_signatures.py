@@ -101,7 +101,7 @@ def test_condition_agrees_with_integration_over_log_prob(case, request):
     _, signatures, _ = request.getfixturevalue(case)
     given = 0.8
     low = 1e-4 if case == "positive" else -12.0
-    grid = np.linspace(low, 12.0, 20_001)
+    grid = np.linspace(low, 12.0, 4001)
     x = np.tile(X[:1], (len(grid), 1))
     rows = np.stack([np.full_like(grid, given), grid], axis=1)
     log_prob = signatures["log_prob"](x=tensor(x), y=tensor(rows))["log_prob"].numpy()
@@ -139,9 +139,7 @@ def test_cdf_of_quantile_is_p_and_an_interval_holds_its_level(case, request):
         cdf = signatures["cdf"](x=tensor(X[:5]), y=tensor(y))["cdf"]
         np.testing.assert_allclose(cdf, np.full([5, 2], probability), rtol=1e-4)
     ends = signatures["interval"](x=tensor(X[:5]), level=tensor(0.8))
-    below, above = (
-        signatures["cdf"](x=tensor(X[:5]), y=ends[end])["cdf"].numpy() for end in ends
-    )
+    below, above = (signatures["cdf"](x=tensor(X[:5]), y=ends[end])["cdf"].numpy() for end in ends)
     np.testing.assert_allclose(np.abs(above - below), 0.8, rtol=1e-4)
     density = model.predict_distribution(X[:5])
     np.testing.assert_allclose(quantile, density.quantile(p), rtol=1e-5, atol=1e-5)

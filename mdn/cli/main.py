@@ -96,8 +96,11 @@ def predict(run: str, data: str, output: str, **options: Any) -> None:
     from mdn.finished import predict_run
 
     options["quantiles"] = options["quantiles"] or None
-    with progress_bar() as progress:
-        prediction = predict_run(run, data, output, progress=progress, **options)
+    try:
+        with progress_bar() as progress:
+            prediction = predict_run(run, data, output, progress=progress, **options)
+    except KeyboardInterrupt:
+        fail("interrupted: the same command goes on where it was", INTERRUPTED)
     for line in prediction.lines(output):
         click.echo(line)
 

@@ -108,7 +108,9 @@ class TableReader:
         used = list(dict.fromkeys([*schema.features, *self.targets, *self.keep]))
         # Without a column no row would be counted.
         self._used = used or names[:1]
-        self._read: Callable[[Path], Pieces] = self._read_csv if kind is Csv else self._read_parquet
+        self._read: Callable[[Path], Pieces] = (
+            self._read_csv if kind is Csv else self._read_parquet
+        )
 
     def blocks(self) -> Iterator[TableBlock]:
         """Yield the rows in order, `BLOCK_ROWS` at a time: the same blocks each time.
@@ -121,6 +123,8 @@ class TableReader:
         for file, size in zip(self.files, sizes, strict=True):
             start = 0
             for frame, kept, share in self._read(file):
+                if frame.empty:
+                    continue
                 part = (done + share * size) / max(sum(sizes), 1)
                 yield self._block(file, start, frame, kept, part)
                 start += len(frame)
@@ -161,7 +165,6 @@ class TableReader:
                 file,
                 lambda _: pd.read_csv(
                     stream,
-                    usecols=self._used,
                     chunksize=BLOCK_ROWS,
                     index_col=False,
                     dtype=dict.fromkeys(text, str),
@@ -172,9 +175,10 @@ class TableReader:
                     float_precision="round_trip",
                 ),
             )
+            # All columns are parsed: with `usecols` pandas does not see that a row has too many cells.
             while (frame := attempt(Csv.kind, file, lambda _: next(chunks, None))) is not None:
                 kept = pa.Table.from_pandas(frame[self.keep], preserve_index=False)
-                yield frame, kept, min(stream.tell() / size, 1.0)
+                yield frame[self._used], kept, min(stream.tell() / size, 1.0)
 
     def _read_parquet(self, file: Path) -> Pieces:
         with attempt(
@@ -184,7 +188,9 @@ class TableReader:
         ) as stream:
             rows, done = max(stream.metadata.num_rows, 1), 0
             batches = stream.iter_batches(BLOCK_ROWS, columns=self._used, use_threads=False)
-            while (batch := attempt(Parquet.kind, file, lambda _: next(batches, None))) is not None:
+            while (
+                batch := attempt(Parquet.kind, file, lambda _: next(batches, None))
+            ) is not None:
                 done += batch.num_rows
                 kept = pa.Table.from_batches([batch]).select(self.keep)
                 yield batch.to_pandas(ignore_metadata=True), kept, done / rows

@@ -154,7 +154,7 @@ def _trace(function: Callable, *specs: Any) -> Any:
     return _function(function).get_concrete_function(*specs)
 
 
-def _moments(density: Queries) -> dict[str, tf.Tensor]:
+def _moments(density: Any) -> dict[str, tf.Tensor]:
     return {"mean": density.mean(), "stddev": density.stddev()}
 
 
