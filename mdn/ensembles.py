@@ -582,7 +582,7 @@ class Ensemble(MDN):
         serialize = tf_keras.saving.serialize_keras_object
         parts = {name: serialize(getattr(self, name)) for name in PARTS}
         own = {"name": self.name, "members": self.members, "missing": self.missing}
-        return {**own, **parts}
+        return {**own, **self.names_config(), **parts}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Ensemble:
@@ -592,6 +592,7 @@ class Ensemble(MDN):
         }
         model = cls(MDN(**parts), members=config["members"], name=config["name"])
         model.missing = config["missing"]
+        model.restore_names(config)
         return model
 
 

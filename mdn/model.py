@@ -55,7 +55,6 @@ class MDN(TrainedModel):
     """
 
     tracked: tuple[str, ...] = ("loss", "nll", "gradient_norm")
-    targets: tuple[str, ...] = ()  # names of the D targets for messages, where they are known
 
     def __init__(
         self,
@@ -212,7 +211,7 @@ class MDN(TrainedModel):
                 f"target_transform={self.head.target_transform}: noise could leave its domain; "
                 "train without jitter"
             )
-        self._score = losses.get(loss, self.head.grid, self.targets)
+        self._score = losses.get(loss, self.head.grid, self.column_names.targets)
         self._check_score()
         if not isinstance(loss, str) or loss == "interval_nll":
             loss = self._score  # whose options are then saved with the model
@@ -394,11 +393,15 @@ class MDN(TrainedModel):
         """
         programs = vars(self._programs)
         if name not in programs:
-            compiled = self.xla if self.optimizer is None else bool(self._jit_compile)
-            # Of bfloat16 XLA leaves roundings out, and would not answer as the artefact does.
-            whole = tf.as_dtype(self.backbone.compute_dtype or self.dtype).size >= 4
-            programs[name] = RowProgram(function, compiled and whole)
+            programs[name] = self.row_program(function)
         return programs[name](arrays, self._largest_batch if batch_size is None else batch_size)
+
+    def row_program(self, function: Callable) -> RowProgram:
+        """Return a program of rows that calls this model, compiled as far as its parts can be."""
+        compiled = self.xla if self.optimizer is None else bool(self._jit_compile)
+        # Of bfloat16 XLA leaves roundings out, and would not answer as the artefact does.
+        whole = tf.as_dtype(self.backbone.compute_dtype or self.dtype).size >= 4
+        return RowProgram(function, compiled and whole)
 
     @property
     def _largest_batch(self) -> int:
@@ -542,7 +545,7 @@ class MDN(TrainedModel):
     def get_config(self) -> dict[str, Any]:
         serialize = tf_keras.saving.serialize_keras_object
         parts = {name: serialize(getattr(self, name)) for name in PARTS}
-        return {"name": self.name, "missing": self.missing, **parts}
+        return {"name": self.name, "missing": self.missing, **self.names_config(), **parts}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> MDN:
@@ -552,6 +555,7 @@ class MDN(TrainedModel):
         }
         model = cls(name=config["name"], **parts)
         model.missing = config["missing"]
+        model.restore_names(config)
         return model
 
     def get_build_config(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from mdn.data.checks import check_batch_size
 from mdn.data.rows import Data
 from mdn.errors import DataError, RunError
 from mdn.evaluation import print_table
+from mdn.export import directory_size
 from mdn.options import AUTO, GENERATIVE
 from mdn.plots import write_figures
 from mdn.preparation import compile_model, make_batches, member_folds
@@ -302,7 +303,8 @@ def finish(
     if config.callbacks.get("tensorboard") is not None:
         pictures = [directory / "plots" / f"{name}.png" for name in ("calibration", "sbc")]
         write_pictures(directory / "tensorboard" / "test", pictures, progress.epoch)
-    task.export(model, directory / "saved_model", data.targets)
+    task.export(model, directory / "saved_model", config)
+    metrics["export/bytes"] = directory_size(directory / "saved_model")
     if config.get("comparison") is not None:
         metrics |= make(config, "comparison")(config)
     directory.write_json("provenance.json", provenance(config, data.fingerprint()))

@@ -13,6 +13,7 @@ from test_density import random_mixture
 
 import mdn
 from mdn import losses
+from mdn.data.rows import ColumnNames
 from mdn.density.cells import log_cell
 from mdn.density.interval import log_interval
 from mdn.losses import LOSSES, BetaNLL, Energy, IntervalNLL, crps
@@ -283,7 +284,7 @@ def test_interval_nll_takes_the_steps_from_the_targets():
     model.adapt(x, np.random.default_rng(0).normal(size=[256, 2]))
     with pytest.raises(mdn.MDNError, match="target 0 is on no grid; give loss="):
         model.compile(loss="interval_nll")
-    model.targets = ("tide", "wind")
+    model.column_names = ColumnNames(targets=("tide", "wind"))
     with pytest.raises(mdn.MDNError, match="target 'tide' is on no grid; give loss="):
         model.compile(loss="interval_nll")
 
