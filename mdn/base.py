@@ -63,7 +63,7 @@ class TrainedModel(CompiledModel):
     # ------------------------------------------------------------------ Keras
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        self.learn(data, KerasUpdate(self.optimizer), [])
+        self.learn(data, KerasUpdate(self.optimizer, self.stacked), [])
         return self.results(training=True)
 
     def learn(self, data: Any, update: Update, state: State) -> State:

@@ -28,11 +28,12 @@ from mdn.errors import DataError, RunError
 from mdn.evaluation import Gaussian, mean_and_error
 from mdn.export import directory_size
 from mdn.export.distribution import export_distribution
+from mdn.figures import write_figures
 from mdn.fit_plots import fit_figure
 from mdn.fitting.distribution import Fit
 from mdn.fitting.exact import CLOSED_FORMS
 from mdn.fitting.likelihood import row_log_prob
-from mdn.plots import history_figure, write_figures
+from mdn.plots import history_figure
 from mdn.runs import RunDirectory, provenance
 from mdn.training import seed_everything
 

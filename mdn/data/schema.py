@@ -175,7 +175,7 @@ class TableReader:
                     float_precision="round_trip",
                 ),
             )
-            # All columns are parsed, as with `usecols` pandas overlooks a row with too many cells.
+            # All columns are parsed: with `usecols` pandas overlooks rows of too many cells.
             while (frame := attempt(Csv.kind, file, lambda _: next(chunks, None))) is not None:
                 kept = pa.Table.from_pandas(frame[self.keep], preserve_index=False)
                 yield frame[self._used], kept, min(stream.tell() / size, 1.0)
