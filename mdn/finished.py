@@ -53,7 +53,9 @@ def load_run(run: str | os.PathLike[str]) -> tuple[Any, DictConfig]:
                 "and there is nothing to predict from"
             )
         # A registered class of the user's own can be loaded once its module is imported.
-        importlib.import_module(config.backbone._target_.rpartition(".")[0])
+        for part in ("backbone", "embedding"):
+            if config.get(part) is not None:
+                importlib.import_module(config[part]._target_.rpartition(".")[0])
     except (OSError, OmegaConfBaseException, ImportError) as error:
         raise RunError(f"{run} cannot be read: {' '.join(str(error).split())}") from error
     return load(folder / "model.keras", compile=False), config

@@ -234,6 +234,7 @@ def test_runs_are_listed_best_first_by_their_rows(tmp_path, capsys, monkeypatch)
 # ---------------------------------------------------------------------- whole commands
 
 
+@pytest.mark.slow
 def test_kill_and_go_on(run, tmp_path):
     frame = pd.concat([rows(70_000, seed=s) for s in range(3)])
     frame.to_parquet(tmp_path / "big.parquet", index=False)
@@ -275,7 +276,10 @@ def test_wheel_in_an_empty_environment_trains_and_predicts(tmp_path):
     rows(200).to_csv(tmp_path / "rows.csv", index=False)
 
     def call(*words):
-        script = "from mdn.cli.main import main; main()"
+        script = (
+            f"import mdn; assert mdn.__file__.startswith({str(site)!r}); "
+            "from mdn.cli.main import main; main()"
+        )
         done = subprocess.run(
             [home / "bin" / "python", "-c", script, *words],
             capture_output=True,

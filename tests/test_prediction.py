@@ -53,6 +53,7 @@ def model():
     model = MDN(heads.Mixture(2, 2), backbones.MLP([8]))
     model.adapt(features(frame), frame[["price", "rent"]].to_numpy())
     model.column_names = ColumnNames(("size", "city", "built", "garden"), ("price", "rent"))
+    model.compile("adam", jit_compile=False)  # XLA would compile a program for each test
     return model
 
 
@@ -136,6 +137,7 @@ def test_matrix_model_takes_columns_by_name(tmp_path):
     x = rng.normal(size=[50, 2])
     model = MDN(heads.Diag(1), backbones.MLP([4]))
     model.adapt(x, x[:, :1] + 1.0)
+    model.compile("adam", jit_compile=False)
     with pytest.raises(ConfigError, match="does not name its features"):
         schema_of(model)
     model.column_names = ColumnNames(("a", "b"), ("y",))
