@@ -209,7 +209,7 @@ def _check_recipe(values: dict[str, Any], groups: dict[str, Any], embedding: Any
     if values["recipe"] is not None:
         if values["init_from"] is not None:
             raise ConfigError(
-                f"recipe={values['recipe']}: starts anew, init_from={values['init_from']} does not; "
+                f"recipe={values['recipe']}: starts anew, and init_from does not; "
                 "set one of them to null"
             )
         if groups["backbone"]["_target_"] != STACKED[0]:
