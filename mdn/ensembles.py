@@ -151,6 +151,10 @@ class Ensemble(MDN):
         """The weights of the members, [M, ..] each."""
         return list(self._template.stacked.values())
 
+    @property
+    def turned(self) -> list[tf.Variable]:
+        return [self._stack(self.head.kernel)]
+
     def are_stacked(self) -> list[bool]:
         """Return which of `weights` have a slice for each member."""
         known = {weight.ref() for weight in self.stacked_weights}

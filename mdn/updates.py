@@ -71,11 +71,20 @@ class FusedAdam:
         optimizer: one that `supports` says yes to.
         variables: all that it was built for.
         members: M of an ensemble, each of which is clipped by a norm of its own.
+        turned: those of the variables, [.., H, P], whose gradient is a faster product transposed.
     """
 
-    def __init__(self, optimizer: Any, variables: Sequence[tf.Variable], members: int = 1) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        variables: Sequence[tf.Variable],
+        members: int = 1,
+        turned: Sequence[tf.Variable] = (),
+    ) -> None:
         self.optimizer = optimizer
         self.variables, self.members = variables, members
+        known = {variable.ref() for variable in turned}
+        self.turned = [variable.ref() in known for variable in variables]
         index = [optimizer._index_dict[optimizer._var_key(v)] for v in variables]
         self.moments = [
             [slots[i] for i in index] for slots in (optimizer._momentums, optimizer._velocities)
@@ -94,7 +103,7 @@ class FusedAdam:
         )
 
     def start(self) -> State:
-        return [_flat(slots) for slots in self.moments]
+        return [_flat(slots, self.turned) for slots in self.moments]
 
     def apply(self, pairs: Pairs, state: State) -> tuple[tf.Tensor, State]:
         optimizer = self.optimizer
@@ -116,7 +125,7 @@ class FusedAdam:
         betas = (optimizer.beta_1, optimizer.beta_2)
         bias = [1.0 - tf.pow(tf.cast(beta, mean.dtype), step) for beta in betas]
         change = rate * tf.sqrt(bias[1]) / bias[0] * mean / (tf.sqrt(square) + optimizer.epsilon)
-        parts = _split(change, self.variables)
+        parts = _split(change, self.variables, self.turned)
         for variable, part, average in zip(self.variables, parts, self.averages, strict=True):
             if id(variable) not in found:
                 continue  # its gradient is zeros, and it stays as it is
@@ -132,11 +141,11 @@ class FusedAdam:
         """Return the gradients as one vector, and the ids of the variables that have one."""
         found = {id(variable): gradient for gradient, variable in pairs}
         parts = [found.get(id(v), tf.zeros(v.shape)) for v in self.variables]
-        return _flat(parts), set(found)
+        return _flat(parts, self.turned), set(found)
 
     def finish(self, state: State) -> None:
         for slots, vector in zip(self.moments, state, strict=True):
-            for slot, part in zip(slots, _split(vector, slots), strict=True):
+            for slot, part in zip(slots, _split(vector, slots, self.turned), strict=True):
                 slot.assign(part)
 
 
@@ -159,10 +168,24 @@ def clip_members(pairs: Pairs, limit: float) -> Pairs:
     ]
 
 
-def _flat(tensors: Sequence[Any]) -> tf.Tensor:
-    return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
+def _turn(tensors: Sequence[Any], turned: Sequence[bool]) -> list[Any]:
+    return [
+        tf.linalg.matrix_transpose(tensor) if turn else tensor
+        for tensor, turn in zip(tensors, turned, strict=True)
+    ]
 
 
-def _split(vector: tf.Tensor, like: Sequence[tf.Variable]) -> list[tf.Tensor]:
+def _flat(tensors: Sequence[Any], turned: Sequence[bool]) -> tf.Tensor:
+    return tf.concat([tf.reshape(tensor, [-1]) for tensor in _turn(tensors, turned)], axis=0)
+
+
+def _split(
+    vector: tf.Tensor, like: Sequence[tf.Variable], turned: Sequence[bool]
+) -> list[tf.Tensor]:
+    """Return the tensors of which `_flat` made the vector."""
     parts = tf.split(vector, [v.shape.num_elements() for v in like])
-    return [tf.reshape(part, v.shape) for part, v in zip(parts, like, strict=True)]
+    shapes = [
+        [*v.shape[:-2], v.shape[-1], v.shape[-2]] if turn else v.shape
+        for v, turn in zip(like, turned, strict=True)
+    ]
+    return _turn([tf.reshape(p, s) for p, s in zip(parts, shapes, strict=True)], turned)

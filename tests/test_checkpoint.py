@@ -48,6 +48,10 @@ def train(model, directory, epochs=EPOCHS, keep=2, first_epoch=0, checkpoint=Non
     return checkpoint
 
 
+# On one worker, which makes the fixture once.
+one_worker = pytest.mark.xdist_group("checkpoint")
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoints")
@@ -69,6 +73,7 @@ def assert_same_weights(one, two):
         np.testing.assert_array_equal(a, b)
 
 
+@one_worker
 @pytest.mark.parametrize("stop", [1, 4])
 def test_resumed_run_equals_the_uninterrupted_one(uninterrupted, stop, tmp_path):
     model, checkpoint, _ = uninterrupted
@@ -81,11 +86,13 @@ def test_resumed_run_equals_the_uninterrupted_one(uninterrupted, stop, tmp_path)
         np.testing.assert_array_equal(a, b)
 
 
+@one_worker
 def test_only_the_newest_are_kept_and_nothing_partial(uninterrupted):
     _, _, directory = uninterrupted
     assert sorted(p.name for p in directory.iterdir()) == ["epoch-00005.npz", "epoch-00006.npz"]
 
 
+@one_worker
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "text"])
 def test_damaged_checkpoint_gives_way_to_the_one_before(uninterrupted, damage, tmp_path, caplog):
     model, _, directory = uninterrupted
@@ -100,10 +107,13 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(uninterrupted, damage, t
             damage, bytes(content)
         )
     )
-    resumed, checkpoint = resume(tmp_path)
+    if damage == "flip":  # the whole way, which is the same from here for any damage
+        resumed, checkpoint = resume(tmp_path)
+        assert checkpoint.progress.epoch == EPOCHS
+        assert_same_weights(model, resumed)
+    else:
+        assert Checkpoint(tmp_path).restore(make()) == EPOCHS - 1
     assert "epoch-00006.npz is damaged" in caplog.text
-    assert checkpoint.progress.epoch == EPOCHS
-    assert_same_weights(model, resumed)
 
 
 def test_nothing_but_damage_is_an_error(tmp_path):
@@ -112,6 +122,7 @@ def test_nothing_but_damage_is_an_error(tmp_path):
         Checkpoint(tmp_path).restore(make())
 
 
+@one_worker
 def test_checkpoint_of_another_model_is_refused(uninterrupted, tmp_path):
     _, _, directory = uninterrupted
     other = mdn.MDN(mdn.heads.Mixture(1, 3), mdn.backbones.MLP([8]))
@@ -178,6 +189,7 @@ def test_other_rows_are_never_resumed(tmp_path):
         Checkpoint(tmp_path, data="two").restore(make())
 
 
+@one_worker
 def test_no_flipped_byte_of_a_checkpoint_goes_unnoticed_or_unnamed(uninterrupted, tmp_path):
     _, _, directory = uninterrupted
     content = (directory / "epoch-00006.npz").read_bytes()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 
 import mdn
 from mdn.config import compose_config, config_dir
+from mdn.options import TrainerOptions
 from mdn.runs import CONTENTS
 from mdn.training import train
 
@@ -50,12 +52,17 @@ def choices(group):
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
+# On one worker, which trains once.
+one_worker = pytest.mark.xdist_group("run")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "run"
     return directory, run(directory)
 
 
+@one_worker
 def test_run_directory_is_as_documented(finished):
     directory, _ = finished
     assert {path.name for path in directory.iterdir()} == set(CONTENTS)
@@ -66,6 +73,7 @@ def test_run_directory_is_as_documented(finished):
     assert "epoch 2: loss=" in (directory / "train.log").read_text()
 
 
+@one_worker
 def test_metrics_are_flat_finite_and_complete(finished):
     directory, metrics = finished
     assert json.loads((directory / "metrics.json").read_text()) == metrics
@@ -82,6 +90,7 @@ def test_metrics_are_flat_finite_and_complete(finished):
     assert len(record["data_sha256"]) == 64
 
 
+@one_worker
 def test_saved_model_is_the_one_that_was_scored(finished):
     directory, metrics = finished
     data = compose_config([*TINY_DATA]).data
@@ -93,6 +102,7 @@ def test_saved_model_is_the_one_that_was_scored(finished):
     assert -np.mean(log_prob) == pytest.approx(metrics["test/nll"], rel=1e-5)
 
 
+@one_worker
 def test_finished_run_is_not_touched(finished):
     directory, _ = finished
     before = {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
@@ -101,13 +111,16 @@ def test_finished_run_is_not_touched(finished):
     assert before == {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
 
 
+@one_worker
 def test_seed_decides_the_run(finished, tmp_path):
     _, metrics = finished
-    again, other = run(tmp_path / "0"), run(tmp_path / "1", "seed=1")
+    bare = ("callbacks.tensorboard=null", "callbacks.checkpoint=null")  # they change no run
+    again, other = run(tmp_path / "0", *bare), run(tmp_path / "1", "seed=1", *bare)
     assert again["test/nll"] == metrics["test/nll"]
     assert other["test/nll"] != metrics["test/nll"]
 
 
+@one_worker
 def test_init_from_starts_at_the_weights_of_a_run(finished, tmp_path):
     directory, metrics = finished
     slow = ("optimizer.learning_rate=1e-12", "trainer.epochs=1")
@@ -169,79 +182,78 @@ def tables(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("source", choices("data"))
-def test_every_source_trains(source, tables, tmp_path):
-    size = tables.get(source, TINY_DATA)
-    metrics = run(tmp_path / "run", f"data={source}", *size, "k=2", tiny=TINY)
-    assert np.isfinite(metrics["test/nll"])
-    assert ("test/regret" in metrics) == (source not in tables)
+# A run tries many choices at once: the rows of a simulator with known density, a head, and more.
+SIMULATED = {
+    "sinusoid": "model=diag backbone=mlp backbone.dropout=0.1 backbone.layer_norm=true "
+    "trainer.compiled=true trainer.schedule=constant callbacks.tensorboard.image_every=1",
+    "two_moons": "model=diag backbone=resnet backbone.width=8 backbone.dropout=0.1 "
+    "optimizer=adamw optimizer.global_clipnorm=1.0",
+    "econ_density": "model=tril optimizer=sgd optimizer.learning_rate=1e-3 trainer.warmup=0",
+    "two_gaussians": "model=tril model.positivity=elu trainer.schedule=plateau strategy=cpu "
+    "callbacks.tensorboard=null",
+    "arma_jump": "model=mixture_diag trainer.precision=mixed_bfloat16 "
+    "callbacks.early_stopping=null",
+    "slcp": "model=mixture_diag k=2",
+    "skew_normal": "model=tril_precision",
+    "bivariate_mixture": "model=tril_precision backbone=constant",
+    "linear_gaussian": "model=low_rank",
+    "random_gaussians": "model=low_rank k=2",
+    "gaussians": "model=mixture k=2 model.positivity=exp trainer.steps_per_execution=2 "
+    "callbacks.early_stopping.patience=1 callbacks.checkpoint=null",
+}
+# The same of rows that are read, by the name of what `tables` gives.
+READ = {
+    "csv": "data=csv model=mixture",
+    "parquet": "data=parquet model=mixture",
+    "tfrecord": "data=tfrecord k=2",
+    "npz": "data=npz k=2",
+    "flights": "data=flights k=2",
+    "points": "data=points k=2",
+    "digits": "data=digits model=vae k=2",  # no density has a value for zeros and ones
+    "sequences": "data=npz backbone=lstm backbone.units=[4]",
+    "last": "data=npz backbone=lstm backbone.units=[4] backbone.return_sequences=false",
+}
+HEADS = {*choices("model")} - {"vae", "distribution"}  # these have no head
+SEVERAL_TARGETS = {
+    *("two_moons", "two_gaussians", "slcp", "bivariate_mixture", "random_gaussians", "parquet")
+}
 
 
-# Of the models, these have no head; their runs are in test_vae and test_estimation.
-@pytest.mark.parametrize("head", sorted({*choices("model")} - {"vae", "distribution"}))
-@pytest.mark.parametrize("source", ["sinusoid", "two_moons"])
-def test_every_head_trains(head, source, tmp_path):
-    metrics = run(tmp_path / "run", f"model={head}", f"data={source}")
+def chosen(group, options):
+    """Return what these overrides choose of a group, "" where they leave it as it is."""
+    return next((o.split("=")[1] for o in options.split() if o.startswith(f"{group}=")), "")
+
+
+def run_of(directory, options, *data):
+    tiny = TINY if chosen("backbone", options) in ("", "mlp") else TINY[:-1]
+    return run(directory, *options.split(), *data, tiny=tiny)
+
+
+@pytest.mark.parametrize("source", SIMULATED)
+def test_every_simulator_trains(source, tmp_path):
+    metrics = run_of(tmp_path / "run", f"data={source} {SIMULATED[source]}", *TINY_DATA)
     assert metrics["test/nll"] < metrics["baseline/nll"] + 1.0
+    assert np.isfinite(metrics["test/regret"])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["backbone=mlp", "backbone.dropout=0.1", "backbone.layer_norm=true"],
-        ["backbone=resnet", "backbone.width=8", "backbone.dropout=0.1"],
-        ["backbone=constant"],
-        ["backbone=lstm", "backbone.units=[4]", "sequences"],
-        ["backbone=lstm", "backbone.units=[4]", "backbone.return_sequences=false", "last"],
-    ],
-    ids=lambda options: " ".join(options),
-)
-def test_every_backbone_trains(options, tables, tmp_path):
-    data = tables.get(options[-1], TINY_DATA)
-    options = [option for option in options if option not in tables]
-    metrics = run(tmp_path / "run", *options, *data, tiny=TINY[:-1])
+@pytest.mark.parametrize("source", READ)
+def test_every_source_of_rows_trains(source, tables, tmp_path):
+    metrics = run_of(tmp_path / "run", READ[source], *tables[source])
     assert np.isfinite(metrics["test/nll"])
+    assert "test/regret" not in metrics
 
 
-def test_every_backbone_has_a_case():
-    (cases,) = (m for m in test_every_backbone_trains.pytestmark if m.name == "parametrize")
-    named = {options[0].removeprefix("backbone=") for options in cases.args[1]}
-    assert named == set(choices("backbone"))
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "schedule"),
-    [
-        *[(optimizer, "cosine") for optimizer in choices("optimizer")],
-        *[("adam", schedule) for schedule in ("constant", "plateau")],
-    ],
-)
-def test_every_optimizer_and_schedule_trains(optimizer, schedule, tmp_path):
-    metrics = run(
-        tmp_path / "run",
-        f"optimizer={optimizer}",
-        f"trainer.schedule={schedule}",
-        "optimizer.global_clipnorm=1.0",
-        "optimizer.learning_rate=1e-3",
-    )
-    assert np.isfinite(metrics["test/nll"])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["trainer.precision=mixed_bfloat16", "callbacks.early_stopping=null"],
-        ["trainer.compiled=true", "callbacks.tensorboard.image_every=1"],
-        [
-            *("trainer.steps_per_execution=2", "trainer.warmup=0", "model.positivity=exp"),
-            *("callbacks.early_stopping.patience=1", "callbacks.checkpoint=null"),
-        ],
-        ["model.positivity=elu", "strategy=cpu", "callbacks.tensorboard=null"],
-    ],
-    ids=" ".join,
-)
-def test_every_other_option_trains(options, tmp_path):
-    assert np.isfinite(run(tmp_path / "run", *options)["test/nll"])
+def test_every_choice_is_in_some_run():
+    runs = {source: f"data={source} {options}" for source, options in SIMULATED.items()} | READ
+    for group in ("data", "backbone", "optimizer"):
+        default = {"optimizer": "adam"}.get(group, "")
+        tried = {chosen(group, options) or default for options in runs.values()} - {""}
+        assert tried == set(choices(group)), group
+    for several in (False, True):
+        names = [name for name in runs if (name in SEVERAL_TARGETS) == several]
+        assert {chosen("model", runs[name]) for name in names} >= HEADS
+    schedules = {chosen("trainer.schedule", options) or "cosine" for options in runs.values()}
+    assert schedules == set(typing.get_args(TrainerOptions.model_fields["schedule"].annotation))
 
 
 @tf_keras.saving.register_keras_serializable(package="tests")
@@ -368,9 +380,7 @@ def test_full_disk_while_the_model_is_saved(tmp_path):
             f"import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {limit}\n"
             "import sys; sys.argv[0] = 'train.py'\n"
             "from mdn.cli.train import main; main()",
-            f"output_dir={tmp_path}/run",
-            "trainer.epochs=1",
-            "callbacks.tensorboard.image_every=0",
+            *(f"output_dir={tmp_path}/run", *TINY, *TINY_DATA),
         ],
         capture_output=True,
         text=True,
@@ -400,33 +410,29 @@ def test_main_job_comes_near_the_entropy(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_no_component_dies(seed, tmp_path):
-    run(
+def test_no_component_dies(tmp_path):
+    run(  # of three members, each as a run of its own seed
         tmp_path / "run",
-        "k=8",
-        f"seed={seed}",
-        "callbacks.tensorboard.image_every=0",
+        *("k=8", "ensemble=3", "callbacks.tensorboard.image_every=0"),
         tiny=("trainer.verbose=0",),
     )
     model = mdn.load(tmp_path / "run" / "model.keras")
     x = np.linspace(-0.1, 1.1, 500)[:, None]
-    logits = model.predict_distribution(x).logits.numpy()
-    weights = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
-    # A dead component has no weight to speak of at any x; the density needs three or four of the
-    # eight, and the others are to share in the work.
-    assert weights.max(axis=0).min() > 0.01
-    assert weights.mean(axis=0).min() > 0.001
+    for member in map(model.member, range(3)):
+        logits = member.predict_distribution(x).logits.numpy()
+        weights = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+        # A dead component has no weight to speak of at any x; the density needs three or four of
+        # the eight, and the others are to share in the work.
+        assert weights.max(axis=0).min() > 0.01
+        assert weights.mean(axis=0).min() > 0.001
 
 
 @pytest.mark.slow
 def test_flights_beat_one_gaussian_by_far(tmp_path):
     metrics = run(
         tmp_path / "run",
-        "data=flights",
-        "model=mixture",
-        "k=5",
-        "callbacks.tensorboard=null",
+        *("data=flights", "model=mixture", "k=5", "callbacks.tensorboard=null"),
+        *("trainer.epochs=2", "trainer.batch_size=512"),
         tiny=("trainer.verbose=0",),
     )
     assert metrics["data/rows"] + metrics["data/rows_without_target"] == 336_776
