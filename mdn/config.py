@@ -233,8 +233,8 @@ def _check_recipe(values: dict[str, Any], groups: dict[str, Any], embedding: Any
     if values["recipe"] is not None:
         if values["init_from"] is not None:
             raise ConfigError(
-                f"recipe={values['recipe']}: starts anew, init_from={values['init_from']} does "
-                "not; set one of them to null"
+                f"recipe={values['recipe']}: starts anew, and init_from does not; "
+                "set one of them to null"
             )
         if groups["backbone"]["_target_"] != STACKED[0]:
             raise ConfigError(f"recipe={values['recipe']}: tries depths of backbone=mlp; use that")
