@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mdn.errors import MDNError
     from mdn.fitting.distribution import Fit, fit_distribution
     from mdn.model import MDN, load
+    from mdn.regressor import MDNRegressor
+    from mdn.selection import Selection, select_components
     from mdn.vae import VAE
 
 __version__ = importlib.metadata.version("mdn")
@@ -44,6 +46,9 @@ _HOME = {
     "MDNError": "mdn.errors",
     "Fit": "mdn.fitting.distribution",
     "fit_distribution": "mdn.fitting.distribution",
+    "MDNRegressor": "mdn.regressor",
+    "Selection": "mdn.selection",
+    "select_components": "mdn.selection",
 }
 _MODULES = (
     "backbones",
@@ -63,8 +68,10 @@ __all__ = [
     "Fit",
     "GaussianMixture",
     "MDNError",
+    "MDNRegressor",
     "MultivariateNormalDiag",
     "MultivariateNormalTriL",
+    "Selection",
     "backbones",
     "calibration",
     "density",
@@ -76,6 +83,7 @@ __all__ = [
     "losses",
     "mixture_of",
     "optimizers",
+    "select_components",
 ]
 
 

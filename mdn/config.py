@@ -23,11 +23,13 @@ from pydantic import ValidationError
 
 from mdn.errors import ConfigError, MDNError
 from mdn.options import (
+    AUTO,
     FITTED,
     GENERATIVE,
     LOSSES,
     ONE_DEVICE,
     OPTIONS,
+    SEVERAL_WORKERS,
     STACKED,
     STREAMED,
     TRANSFORMS,
@@ -97,6 +99,8 @@ def check_config(config: DictConfig) -> None:
         raise ConfigError("comparison: takes no row weights; comparison=null leaves it out")
     if model["_target_"] == FITTED and values["init_from"] is not None:
         raise ConfigError("init_from: model=distribution starts from model.initial; leave it out")
+    if AUTO in (values.get("k"), model.get("components")):
+        _check_auto(values, groups)
     nodes = groups | {f"callbacks.{name}": node for name, node in callbacks.items()}
     nodes |= {"comparison": comparison, "embedding": embedding}
     for name, group in nodes.items():
@@ -105,7 +109,7 @@ def check_config(config: DictConfig) -> None:
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
     _check_loss(values["loss"])
-    _check_transform(values["target_transform"], values, model)
+    _check_transform(values["target_transform"], model)
     if values.get("rank") is not None and "rank" not in model:
         raise ConfigError(_rank_without_factors(str(values["rank"])))
     if model["_target_"] in (FITTED, GENERATIVE):
@@ -145,6 +149,29 @@ def check_config(config: DictConfig) -> None:
                 )
 
 
+def _check_auto(values: dict[str, Any], groups: dict[str, Any]) -> None:
+    """Raise a ConfigError where the number of components cannot be chosen."""
+    model = groups["model"]
+    if "components" not in model:
+        raise ConfigError(_k_without_components(AUTO))
+    if model["_target_"] in (FITTED, GENERATIVE):
+        name = "distribution" if model["_target_"] == FITTED else "vae"
+        raise ConfigError(
+            f"k=auto: model={name} has no validation NLL to choose by; give k=3, or so"
+        )
+    if values["recipe"] is not None:
+        raise ConfigError(
+            f"k=auto: recipe={values['recipe']} compares variants of one k; set recipe=null, or "
+            "k=10"
+        )
+    if values["init_from"] is not None:
+        raise ConfigError(
+            f"k=auto: init_from={values['init_from']} has its number of components; give that one"
+        )
+    if groups["strategy"]["_target_"] == SEVERAL_WORKERS:
+        raise ConfigError("k=auto: choose it on one machine, and give several workers that number")
+
+
 def _check_loss(loss: Any) -> None:
     """Raise a ConfigError unless this is a loss, by its name or with its options."""
     options = dict(loss) if isinstance(loss, dict) else {"name": loss}
@@ -154,7 +181,7 @@ def _check_loss(loss: Any) -> None:
     _check(LOSSES[name], options, "loss.")
 
 
-def _check_transform(transform: Any, values: dict[str, Any], model: dict[str, Any]) -> None:
+def _check_transform(transform: Any, model: dict[str, Any]) -> None:
     """Raise a ConfigError where `target_transform` cannot be one, or has no meaning."""
     if transform is None:
         return
@@ -162,12 +189,6 @@ def _check_transform(transform: Any, values: dict[str, Any], model: dict[str, An
         raise ConfigError(
             f"target_transform={transform}: this model has none; use model=mixture, or so"
         )
-    if values["ensemble"] > 1:
-        raise ConfigError(f"target_transform={transform}: an ensemble has none; set ensemble=1")
-    loss = values["loss"]
-    name = loss["name"] if isinstance(loss, dict) else loss
-    if name in ("crps", "energy", "interval_nll"):
-        raise ConfigError(f"loss={name}: has no closed form with a target_transform; use loss=nll")
     for one in transform if isinstance(transform, list) else [transform]:
         name = one.get("name") if isinstance(one, dict) else one
         # Whether there is such a class is for TFP to say.
@@ -212,8 +233,8 @@ def _check_recipe(values: dict[str, Any], groups: dict[str, Any], embedding: Any
     if values["recipe"] is not None:
         if values["init_from"] is not None:
             raise ConfigError(
-                f"recipe={values['recipe']}: starts anew, init_from={values['init_from']} does not; "
-                "set one of them to null"
+                f"recipe={values['recipe']}: starts anew, init_from={values['init_from']} does "
+                "not; set one of them to null"
             )
         if groups["backbone"]["_target_"] != STACKED[0]:
             raise ConfigError(f"recipe={values['recipe']}: tries depths of backbone=mlp; use that")

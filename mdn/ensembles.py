@@ -26,7 +26,7 @@ from mdn.compiled import EVALUATION_BATCH, check_sizes
 from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Features
 from mdn.data.splits import draw_folds
-from mdn.density.mixture import mixture_of
+from mdn.density.mixing import mixture_of
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError
 from mdn.inference import largest_batch
@@ -102,11 +102,6 @@ class Ensemble(MDN):
         super(MDN, self).__init__(**kwargs)
         if members < 1:
             raise ConfigError(f"members={members}: an ensemble needs at least one")
-        if model.head.target_transform is not None:
-            raise ConfigError(
-                f"target_transform={model.head.target_transform}: an ensemble has none; transform "
-                "the targets yourself, or train the members one by one"
-            )
         if type(model.backbone) not in BACKBONES:
             raise ConfigError(
                 f"the backbone {type(model.backbone).__name__} cannot be stacked: use one of "
@@ -127,7 +122,8 @@ class Ensemble(MDN):
         self.tracked = (*type(self).tracked, *self._trackers.members.names)
         # The scaling of y, in which the density is stated, is the template's and is the same for
         # all: as attributes its variables are saved with the ensemble's own.
-        self.statistics = self.head.statistics
+        for name, variable in self.head.statistics.items():
+            setattr(self, name, variable)
 
     @property
     def stacked(self) -> int:
@@ -147,7 +143,8 @@ class Ensemble(MDN):
     def parts(self) -> list[Any]:
         """The layers and variables that the density is computed from."""
         embedding = [] if self.embedding is None else [self.embedding]
-        return [self.encoder, *embedding, *self.statistics, *self.stacked_weights]
+        statistics = self.head.statistics.values()
+        return [self.encoder, *embedding, *statistics, *self.stacked_weights]
 
     @property
     def stacked_weights(self) -> list[tf.Variable]:
@@ -226,8 +223,8 @@ class Ensemble(MDN):
         member.encoder.set_weights(self.encoder.get_weights())
         for variable, value in zip(_weights(member), self.stacked_weights, strict=True):
             variable.assign(value[m])
-        for own, common in zip(member.head.statistics, self.statistics, strict=True):
-            own.assign(common)
+        for name, variable in self.head.statistics.items():
+            getattr(member.head, name).assign(variable)
         return member
 
     # ------------------------------------------------------------------ densities
@@ -404,6 +401,25 @@ class Ensemble(MDN):
         parts = [part for _, part in answers]
         return Uncertainty(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
+    def member_log_prob(
+        self, x: Features, y: np.ndarray, batch_size: int | None = None
+    ) -> np.ndarray:
+        """Return each member's log p(y | x) of any number of rows, in nats: [N, M] or [N, T, M].
+
+        Args:
+            x: [N, F], [N, T, F], or a mapping of columns [N].
+            y: [N, D] or [N, T, D] in the user's units; an entry that is NaN is marginalised.
+            batch_size: rows that go through the networks at a time; by default as many as are
+                fast.
+        """
+
+        def log_prob(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+            return tf.stack(tf.unstack(self.member_densities(x, False).log_prob(y)), axis=-1)
+
+        arrays = [self._as_rows(x), np.asarray(y, tf_keras.backend.floatx())]
+        answers = self._over_rows("member_log_prob", log_prob, arrays, batch_size)
+        return np.concatenate([part.numpy() for _, part in answers])
+
     @property
     def _largest_batch(self) -> int:
         return largest_batch(self.members * self.head.params_size)
@@ -566,7 +582,7 @@ class Ensemble(MDN):
         serialize = tf_keras.saving.serialize_keras_object
         parts = {name: serialize(getattr(self, name)) for name in PARTS}
         own = {"name": self.name, "members": self.members, "missing": self.missing}
-        return {**own, **parts}
+        return {**own, **self.names_config(), **parts}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Ensemble:
@@ -576,6 +592,7 @@ class Ensemble(MDN):
         }
         model = cls(MDN(**parts), members=config["members"], name=config["name"])
         model.missing = config["missing"]
+        model.restore_names(config)
         return model
 
 

@@ -202,7 +202,7 @@ class MDN(TrainedModel):
             **kwargs: as for `tf_keras.Model.compile`; metrics see the mean of the density.
 
         Raises:
-            ConfigError: the loss is unknown, or has no closed form for the head's density; or
+            ConfigError: the loss is unknown, or has no meaning for the head's density; or
                 there is no jitter of transformed targets.
         """
         self._jitter = jitters.get(jitter, self.head.grid)
@@ -211,32 +211,26 @@ class MDN(TrainedModel):
                 f"target_transform={self.head.target_transform}: noise could leave its domain; "
                 "train without jitter"
             )
-        self._score = losses.get(loss, self.head.grid)
+        self._score = losses.get(loss, self.head.grid, self.column_names.targets)
         self._check_score()
         if not isinstance(loss, str) or loss == "interval_nll":
             loss = self._score  # whose options are then saved with the model
         super().compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile, **kwargs)
 
     def _check_score(self) -> None:
-        """Raise a ConfigError where the loss has no closed form for the head's density."""
+        """Raise a ConfigError where the loss has no meaning for the head's density."""
         score, head = self._score, self.head
-        name = getattr(score, "__name__", type(score).__name__)
-        if head.target_transform is not None and (
-            score is losses.crps or isinstance(score, losses.Energy | losses.IntervalNLL)
-        ):
-            raise ConfigError(
-                f"loss={name}: has no closed form with a target_transform; use loss=nll"
-            )
         if not isinstance(score, losses.IntervalNLL):
             return
-        if head.event_size > 1 and not isinstance(head, Diag | MixtureDiag):
+        if head.event_size > 2 and not isinstance(head, Diag | MixtureDiag):
             raise ConfigError(
-                f"loss={name}: {head.event_size} targets need diagonal covariances; use "
+                f"loss=interval_nll: {head.event_size} targets need diagonal covariances; use "
                 "model=mixture_diag or model=diag"
             )
         if np.size(score.step) not in (1, head.event_size):
             raise ConfigError(
-                f"loss={name}: {np.size(score.step)} steps for {head.event_size} targets"
+                f"loss=interval_nll: {np.size(score.step)} steps for {head.event_size} targets; "
+                "give one for all, or one for each"
             )
 
     def compute_loss(
@@ -399,11 +393,15 @@ class MDN(TrainedModel):
         """
         programs = vars(self._programs)
         if name not in programs:
-            compiled = self.xla if self.optimizer is None else bool(self._jit_compile)
-            # Of bfloat16 XLA leaves roundings out, and would not answer as the artefact does.
-            whole = tf.as_dtype(self.backbone.compute_dtype or self.dtype).size >= 4
-            programs[name] = RowProgram(function, compiled and whole)
+            programs[name] = self.row_program(function)
         return programs[name](arrays, self._largest_batch if batch_size is None else batch_size)
+
+    def row_program(self, function: Callable) -> RowProgram:
+        """Return a program of rows that calls this model, compiled as far as its parts can be."""
+        compiled = self.xla if self.optimizer is None else bool(self._jit_compile)
+        # Of bfloat16 XLA leaves roundings out, and would not answer as the artefact does.
+        whole = tf.as_dtype(self.backbone.compute_dtype or self.dtype).size >= 4
+        return RowProgram(function, compiled and whole)
 
     @property
     def _largest_batch(self) -> int:
@@ -547,7 +545,7 @@ class MDN(TrainedModel):
     def get_config(self) -> dict[str, Any]:
         serialize = tf_keras.saving.serialize_keras_object
         parts = {name: serialize(getattr(self, name)) for name in PARTS}
-        return {"name": self.name, "missing": self.missing, **parts}
+        return {"name": self.name, "missing": self.missing, **self.names_config(), **parts}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> MDN:
@@ -557,6 +555,7 @@ class MDN(TrainedModel):
         }
         model = cls(name=config["name"], **parts)
         model.missing = config["missing"]
+        model.restore_names(config)
         return model
 
     def get_build_config(self) -> dict[str, Any]:

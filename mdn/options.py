@@ -23,6 +23,8 @@ FITTED = "mdn.fit_distribution"  # the model that is no network
 GENERATIVE = "mdn.vae.VAE"  # the model that reads no x, and has no exact nll
 STACKED = tuple(f"mdn.backbones.{name}" for name in ("MLP", "ResNet", "Constant"))
 STREAMED = "mdn.data.records.TFRecord"  # rows that are never in memory
+SEVERAL_WORKERS = "mdn.strategy.multi_worker"
+AUTO = "auto"  # in place of a number of components: see mdn.selection
 TRANSFORMS = ("log", "logit", "box_cox")
 ONE_DEVICE = tuple(f"mdn.strategy.{name}" for name in ("auto", "cpu", "gpu"))
 Names = str | list[str]  # one name stands for a list of one
@@ -50,7 +52,7 @@ class HeadOptions(Target):
 
 
 class MixtureOptions(HeadOptions):
-    components: PositiveInt
+    components: PositiveInt | Literal["auto"]
     background: Share | Literal["auto", "learned"]
     start: Literal["clusters", "centre"]
 
@@ -353,7 +355,7 @@ class TopOptions(Section):
     overwrite: bool
     init_from: str | None
     trainer: TrainerOptions
-    k: PositiveInt | None = None
+    k: PositiveInt | Literal["auto"] | None = None
     rank: PositiveInt | None = None
     target_transform: Any = None
     fixed: list[str] = []

@@ -79,10 +79,9 @@ def make_batches(
         batches = data.stream.batches(model, size, **order)
     else:
         arrays = model.arrays(data.train)
-        if config.ensemble > 1:
+        if (folds := member_folds(config, data)) is not None:
             arrays = tuple(map(np.concatenate, zip(arrays, held_out, strict=True)))
-            learned, folds = draw_members(config, data)
-            held_out, order["members"], validation["members"] = arrays, learned, folds
+            held_out, (order["members"], validation["members"]) = arrays, folds
             validation["complete"] = model.is_complete(arrays)
         order["complete"] = model.is_complete(arrays)
         if config.trainer.steps is not None:
@@ -93,17 +92,18 @@ def make_batches(
     )
 
 
-def draw_members(config: DictConfig, data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """Return which rows each member of an ensemble learns from, and which it holds out.
+def member_folds(config: DictConfig, data: Data) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the rows that each member of an ensemble learns from and validates on, [M, n] each.
 
-    Returns:
-        [M, ..] each: numbers of the train rows with the validation rows behind them.
+    Train rows are counted through from zero, and validation rows go on from there.
     """
+    if config.ensemble == 1:
+        return None
     n, kept = len(data.train), len(data.validation)
     rows = np.arange(n + kept)
     if not is_random(config, data):
-        learned, held_out = (np.tile(part, [config.ensemble, 1]) for part in (rows[:n], rows[n:]))
-        return learned, held_out
+        learned, folds = (np.tile(part, [config.ensemble, 1]) for part in (rows[:n], rows[n:]))
+        return learned, folds
     if config.folds is not None:
         kept = (n + kept) // config.folds
     rest = np.random.default_rng([config.seed, 0x656E73]).permutation(n)

@@ -18,7 +18,7 @@ from mdn.base import TrainedModel
 from mdn.calibration import sbc
 from mdn.callbacks.panels import DensityPanels, Panels, VAEPanels
 from mdn.config import make
-from mdn.data.rows import Data
+from mdn.data.rows import ColumnNames, Data
 from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, RunError
 from mdn.evaluation import evaluate, evaluate_members, mean_gain
@@ -27,7 +27,7 @@ from mdn.features import Columns
 from mdn.figures import write_figures
 from mdn.model import MDN, load
 from mdn.plots import save_plots
-from mdn.preparation import draw_members
+from mdn.preparation import member_folds
 from mdn.recalibration import RecalibrationFit
 from mdn.vae import VAE
 from mdn.vae_evaluation import evaluate_vae
@@ -69,8 +69,11 @@ class Task(Protocol):
     def judge(self, model: Any, data: Data, history: History, plots: Path) -> dict[str, float]:
         """Return the metrics on the test rows, and write the plots."""
 
-    def export(self, model: Any, path: Path, targets: Sequence[str]) -> None:
-        """Write the SavedModel."""
+    def score(self, model: Any, data: Data) -> dict[str, float]:
+        """Return the same metrics alone."""
+
+    def export(self, model: Any, path: Path, config: DictConfig, overwrite: bool = True) -> None:
+        """Write the SavedModel, with the config in it."""
 
     def panels(self, data: Data, rows: int) -> Panels:
         """Return what the dashboard shows besides scalars."""
@@ -81,8 +84,7 @@ class DensityTask:
 
     def build(self, config: DictConfig, data: Data, **options: Any) -> MDN:
         model = make_network(config, **{"event_size": len(data.targets), **options})
-        for rows in (data.train, data.validation, data.test):
-            model.head.check_domain(rows.y, data.targets)
+        _name_columns(model, data)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
         return model
 
@@ -105,6 +107,7 @@ class DensityTask:
             )
         model.missing = data.missing
         model.head.grid = fresh.head.grid
+        model.column_names = fresh.column_names
 
     def recalibrate(self, model: MDN, config: DictConfig, data: Data) -> dict[str, float]:
         before = model.log_prob(data.test.x, data.test.y)
@@ -128,8 +131,11 @@ class DensityTask:
         write_figures({"sbc": found.plot()}, plots)
         return evaluation.metrics | found.metrics()
 
-    def export(self, model: MDN, path: Path, targets: Sequence[str]) -> None:
-        export_saved_model(model, path, overwrite=True, targets=targets)
+    def score(self, model: MDN, data: Data) -> dict[str, float]:
+        return evaluate(model, data).metrics
+
+    def export(self, model: MDN, path: Path, config: DictConfig, overwrite: bool = True) -> None:
+        export_saved_model(model, path, overwrite, config=config)
 
     def panels(self, data: Data, rows: int) -> Panels:
         return DensityPanels(data, rows)
@@ -141,6 +147,7 @@ class EnsembleTask(DensityTask):
     def build(self, config: DictConfig, data: Data, **options: Any) -> Ensemble:
         network = make_network(config, **{"event_size": len(data.targets), **options})
         model = Ensemble(network, members=config.ensemble)
+        _name_columns(model, data)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
         return model
 
@@ -150,12 +157,16 @@ class EnsembleTask(DensityTask):
         super().check_start(model, fresh, config, data)
 
     def _fit_recalibration(self, model: Any, config: DictConfig, data: Data) -> RecalibrationFit:
-        _, held_out = draw_members(config, data)
+        folds = member_folds(config, data)
+        held_out = None if folds is None else folds[1]
         rows = data.train.append(data.validation)
         return model.recalibrate(rows.x, rows.y, rows.weight, rows=held_out, seed=config.seed)
 
     def judge(self, model: Any, data: Data, history: History, plots: Path) -> dict[str, float]:
         return {**super().judge(model, data, history, plots), **evaluate_members(model, data)}
+
+    def score(self, model: Any, data: Data) -> dict[str, float]:
+        return {**super().score(model, data), **evaluate_members(model, data)}
 
 
 class VAETask:
@@ -167,12 +178,14 @@ class VAETask:
         for rows in (data.train, data.validation, data.test):
             model.arrays(rows)  # a mistake in any of them is told now
         model.adapt(data.train.y)
+        model.column_names = ColumnNames(targets=data.targets)
         return model
 
     def check_start(self, model: Any, fresh: VAE, config: DictConfig, data: Data) -> None:
         configs = [m.get_config() for m in (model, fresh)]
         for options in configs:
             options.pop("backbone")
+            options.pop("column_names")
         _compare(config, "backbone", *(_options(m.backbone) for m in (model, fresh)))
         _compare(config, "model", *({**c, "name": ""} for c in configs))
 
@@ -184,8 +197,11 @@ class VAETask:
         save_vae_plots(model, data, history, plots)
         return metrics
 
-    def export(self, model: VAE, path: Path, targets: Sequence[str]) -> None:
-        export_vae(model, path, overwrite=True, targets=targets)
+    def score(self, model: VAE, data: Data) -> dict[str, float]:
+        return evaluate_vae(model, data)
+
+    def export(self, model: VAE, path: Path, config: DictConfig, overwrite: bool = True) -> None:
+        export_vae(model, path, overwrite, config=config)
 
     def panels(self, data: Data, rows: int) -> Panels:
         return VAEPanels(data, rows)
@@ -245,6 +261,13 @@ def make_network(config: DictConfig, **options: Any) -> MDN:
     """
     embedding = None if config.get("embedding") is None else make(config, "embedding")
     return MDN(make(config, "model", **options), make(config, "backbone"), embedding=embedding)
+
+
+def _name_columns(model: MDN, data: Data) -> None:
+    """Tell the model the names of the columns, and raise where its transform is not defined."""
+    model.column_names = ColumnNames(data.features, data.targets)
+    for rows in (data.train, data.validation, data.test):
+        model.head.check_domain(rows.y, data.targets)
 
 
 def _compare(config: DictConfig, part: str, was: dict[str, Any], now: dict[str, Any]) -> None:

@@ -7,9 +7,11 @@ import logging
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tf_keras
 from omegaconf import DictConfig, OmegaConf
@@ -20,16 +22,19 @@ from mdn.callbacks.averaging import AveragedWeights
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.interrupt import Interrupt
-from mdn.callbacks.tensorboard import write_pictures
+from mdn.callbacks.tensorboard import write_curve, write_pictures
 from mdn.config import make
 from mdn.data.checks import check_batch_size
 from mdn.data.rows import Data
 from mdn.errors import DataError, RunError
 from mdn.evaluation import print_table
-from mdn.options import GENERATIVE
-from mdn.preparation import compile_model, make_batches
+from mdn.export import directory_size
+from mdn.options import AUTO, GENERATIVE
+from mdn.plots import write_figures
+from mdn.preparation import compile_model, make_batches, member_folds
 from mdn.recipes import choose_recipe, describe
 from mdn.runs import RunDirectory, provenance
+from mdn.selection import choose, held_out_nll
 from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task
 
@@ -73,12 +78,18 @@ def train(
         seed_everything(config)
     config = settle(config, data)
     check_batch_size(member_rows(config, data), config.trainer.batch_size)
-    with strategy.scope():
-        model = build_model(config, data)
-        compile_model(model, config, epoch_steps(config, data))
     chief = is_chief(strategy)
-    callbacks, checkpoint = make_callbacks(config, data, directory, chief)
-    callbacks.append(first_step)
+
+    def prepare(config: DictConfig, place: str = "") -> tuple[TrainedModel, list, Checkpoint]:
+        with strategy.scope():
+            model = build_model(config, data)
+            compile_model(model, config, epoch_steps(config, data))
+        callbacks, checkpoint = make_callbacks(config, data, directory, chief, place)
+        return model, [*callbacks, first_step], checkpoint
+
+    automatic = config.model.get("components") == AUTO
+    # Of candidates too, what cannot be built is told before anything is written.
+    model, callbacks, checkpoint = prepare(_candidate(config, 1) if automatic else config)
     if not chief:
         fit(model, config, data, directory, callbacks, checkpoint)
         with tempfile.TemporaryDirectory() as scratch:
@@ -91,8 +102,12 @@ def train(
             directory.write_json("recipe.json", tried)
             log.info(describe(tried))
         try:
-            progress = fit(model, config, data, directory, callbacks, checkpoint)
-            metrics = finish(model, config, data, directory, progress, first_step.seconds)
+            notes: dict[str, float] = {}
+            if automatic:
+                model, config, progress, notes = fit_candidates(config, data, directory, prepare)
+            else:
+                progress = fit(model, config, data, directory, callbacks, checkpoint)
+            metrics = finish(model, config, data, directory, progress, first_step.seconds, notes)
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 f"interrupted after the training, which is kept in {directory.path}: the same "
@@ -114,7 +129,11 @@ def seed_everything(config: DictConfig) -> None:
 
 
 def make_callbacks(
-    config: DictConfig, data: Data, directory: RunDirectory, chief: bool = True
+    config: DictConfig,
+    data: Data,
+    directory: RunDirectory,
+    chief: bool = True,
+    place: str = "",
 ) -> tuple[list[tf_keras.callbacks.Callback], Checkpoint]:
     """Return the callbacks of the config, those set to null left out, and the checkpoints.
 
@@ -123,6 +142,7 @@ def make_callbacks(
         data: for the dashboard's pictures, and to name the row that leads to NaN.
         directory: where the dashboard and the checkpoints go.
         chief: whether this process writes.
+        place: a folder of their own within those of the run, for one of several candidates.
     """
     nodes = {name: node for name, node in config.callbacks.items() if node is not None}
     if config.trainer.schedule != "plateau":
@@ -131,7 +151,7 @@ def make_callbacks(
         nodes.pop("tensorboard", None)
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {
-            "log_dir": str(directory / "tensorboard"),
+            "log_dir": str(directory / "tensorboard" / place),
             "data": data,
             "panels": get_task(config).panels,
             "config_text": OmegaConf.to_yaml(config, resolve=True),
@@ -149,7 +169,7 @@ def make_callbacks(
     callbacks += [NanGuard(data.train, data.features, data.targets), EpochLog()]
     if config.trainer.ema is not None:
         callbacks.append(AveragedWeights())  # behind those that read the weights
-    folder = str(directory / "checkpoints")
+    folder = str(directory / "checkpoints" / place)
     if "checkpoint" in nodes:
         checkpoint = make(
             config,
@@ -207,6 +227,53 @@ def fit(
     return checkpoint.progress
 
 
+def fit_candidates(
+    config: DictConfig, data: Data, directory: RunDirectory, prepare: Callable
+) -> tuple[TrainedModel, DictConfig, Progress, dict[str, float]]:
+    """Train models with more and more components, and choose among them by held-out rows.
+
+    Each has checkpoints of its own, so that a killed run goes on with the candidate it was at;
+    those that had finished take their best weights from there, and are not trained again.
+
+    Args:
+        config: the config, with components=auto.
+        data: the rows.
+        directory: of the run.
+        prepare: of (config, folder): the model, its callbacks and its checkpoints.
+
+    Returns:
+        The chosen model, its config and progress, and metrics of the choice.
+    """
+    folds = member_folds(config, data)
+    fitted: dict[int, tuple[TrainedModel, DictConfig, Progress]] = {}
+
+    def score(k: int) -> tuple[np.ndarray, np.ndarray]:
+        seed_everything(config)  # each is what it would be in a run of its own
+        candidate = _candidate(config, k)
+        model, callbacks, checkpoint = prepare(candidate, f"k={k}")
+        progress = fit(model, candidate, data, directory, callbacks, checkpoint)
+        fitted[k] = model, candidate, progress
+        return held_out_nll(model, data, None if folds is None else folds[1])
+
+    selection = choose(score)
+    figure = selection.figure()
+    write_figures({"selection": figure}, directory / "plots")
+    if config.callbacks.tensorboard is not None:
+        write_curve(directory / "tensorboard" / "selection", selection.curve(), figure)
+    notes = selection.metrics()
+    notes["selection/seconds"] = sum(progress.seconds for *_, progress in fitted.values())
+    return *fitted[selection.k], notes
+
+
+def _candidate(config: DictConfig, k: int) -> DictConfig:
+    """Return the config of a candidate; of its pictures the last one is enough."""
+    config = copy.deepcopy(config)
+    config.model.components = k
+    if config.callbacks.tensorboard is not None and config.callbacks.tensorboard.image_every:
+        config.callbacks.tensorboard.image_every = config.trainer.epochs
+    return config
+
+
 def finish(
     model: TrainedModel,
     config: DictConfig,
@@ -214,6 +281,7 @@ def finish(
     directory: RunDirectory,
     progress: Progress,
     to_first_step: float | None = None,
+    notes: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Evaluate and export; `metrics.json` comes last and marks the run as finished."""
     task = get_task(config)
@@ -224,6 +292,7 @@ def finish(
         **task.judge(model, data, progress.history, directory / "plots"),
         **recalibration,
         **data.notes,
+        **(notes or {}),
         "train/seconds": progress.seconds,
         "train/epochs": progress.epoch,
         "train/rows_per_second": rows * progress.epoch / max(progress.seconds, 1e-9),
@@ -234,7 +303,8 @@ def finish(
     if config.callbacks.get("tensorboard") is not None:
         pictures = [directory / "plots" / f"{name}.png" for name in ("calibration", "sbc")]
         write_pictures(directory / "tensorboard" / "test", pictures, progress.epoch)
-    task.export(model, directory / "saved_model", data.targets)
+    task.export(model, directory / "saved_model", config)
+    metrics["export/bytes"] = directory_size(directory / "saved_model")
     if config.get("comparison") is not None:
         metrics |= make(config, "comparison")(config)
     directory.write_json("provenance.json", provenance(config, data.fingerprint()))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from mdn.base import TrainedModel
 from mdn.callbacks.panels import DensityPanels, Panels
@@ -125,12 +127,35 @@ class TensorBoard(tf_keras.callbacks.Callback):
         if self.panels is None:
             return
         for tag, figure in self.panels.figures(self.model).items():
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()
-            pixels = np.asarray(canvas.buffer_rgba())[np.newaxis, ..., :3]
             with self._writer("train").as_default(step=self._epochs):
-                tf.summary.image(tag, pixels)
+                tf.summary.image(tag, _pixels(figure))
         self._imaged = self._epochs
+
+
+def write_curve(
+    log_dir: str | os.PathLike[str], curve: Mapping[int, Mapping[str, float]], figure: Figure
+) -> None:
+    """Write scalars whose step is no epoch, and a picture of them, in place of earlier ones.
+
+    Args:
+        log_dir: where to write.
+        curve: step -> name -> value.
+        figure: the picture.
+    """
+    if Path(log_dir).is_dir():  # of a run that was killed hereafter
+        shutil.rmtree(log_dir)
+    with tf.summary.create_file_writer(str(log_dir)).as_default():
+        for step, values in curve.items():
+            for name, value in values.items():
+                tf.summary.scalar(name, value, step)
+        tf.summary.image("selection", _pixels(figure), step=max(curve))
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    """Return a picture of the figure, [1, height, width, 3] bytes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[np.newaxis, ..., :3]
 
 
 def write_pictures(log_dir: Path, paths: Iterable[Path], step: int) -> None:

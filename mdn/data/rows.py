@@ -62,6 +62,19 @@ def find_counted(rows: Rows) -> np.ndarray:
     return counted
 
 
+@dataclasses.dataclass(frozen=True)
+class ColumnNames:
+    """What the columns of x and y are called; empty where nobody said.
+
+    Attributes:
+        features: F names.
+        targets: D names.
+    """
+
+    features: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+
+
 class Truth(Protocol):
     """The known density of a simulator."""
 

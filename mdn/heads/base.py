@@ -104,9 +104,10 @@ class Head(tfp.layers.DistributionLambda):
         )
 
     @property
-    def statistics(self) -> list[tf.Variable]:
-        """What `adapt` finds besides the start, common to all members of an ensemble."""
-        return [self.y_loc, self.y_scale, self.floor]
+    def statistics(self) -> dict[str, tf.Variable]:
+        """What `adapt` finds in the targets beside the start: scaling, floor, powers; by name."""
+        names = ("y_loc", "y_scale", "floor", "box_cox_power", "box_cox_join")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def _make_bijector(self) -> Any:
         """Return the bijector of `target_transform`, if any."""
