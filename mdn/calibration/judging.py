@@ -73,10 +73,8 @@ def report(
         raise DataError(f"targets={list(names)}: y has {y.shape[-1]} columns; name each")
     if features is not None and np.shape(columns)[-1:] != (len(features),):
         raise DataError(f"features={list(features)}: are the names of the columns of a matrix x")
-    for name, values in {
-        "weight": weight,
-        "x": _each(columns)[0] if len(columns) else None,
-    }.items():
+    given = {f"x {name}".strip(): column for name, column in _each(columns).items()}
+    for name, values in {"weight": weight, **given}.items():
         if values is not None and np.shape(values)[:1] != y.shape[:1]:
             raise DataError(f"{name} has {len(values)} rows, and y {len(y)}: give as many")
     counted = find_counted(rows)
