@@ -7,7 +7,16 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mdn import backbones, density, embeddings, features, heads, losses, optimizers
+    from mdn import (
+        backbones,
+        calibration,
+        density,
+        embeddings,
+        features,
+        heads,
+        losses,
+        optimizers,
+    )
     from mdn.density import (
         GaussianMixture,
         MultivariateNormalDiag,
@@ -41,7 +50,16 @@ _HOME = {
     "Selection": "mdn.selection",
     "select_components": "mdn.selection",
 }
-_MODULES = ("backbones", "density", "embeddings", "features", "heads", "losses", "optimizers")
+_MODULES = (
+    "backbones",
+    "calibration",
+    "density",
+    "embeddings",
+    "features",
+    "heads",
+    "losses",
+    "optimizers",
+)
 
 __all__ = [
     "MDN",
@@ -55,6 +73,7 @@ __all__ = [
     "MultivariateNormalTriL",
     "Selection",
     "backbones",
+    "calibration",
     "density",
     "embeddings",
     "features",

@@ -109,7 +109,7 @@ def check_config(config: DictConfig) -> None:
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
     _check_loss(values["loss"])
-    _check_transform(values["target_transform"], values, model)
+    _check_transform(values["target_transform"], model)
     if values.get("rank") is not None and "rank" not in model:
         raise ConfigError(_rank_without_factors(str(values["rank"])))
     if model["_target_"] in (FITTED, GENERATIVE):
@@ -126,6 +126,9 @@ def check_config(config: DictConfig) -> None:
     _check_recipe(values, groups, embedding)
     if values["ensemble"] > 1:
         _check_ensemble(values["ensemble"], groups)
+    if values.get("recalibrate") and model["_target_"] in (FITTED, GENERATIVE):
+        name = "distribution" if model["_target_"] == FITTED else "vae"
+        raise ConfigError(f"recalibrate=true: model={name} has no p(y | x); leave it out")
     if model["_target_"] == FITTED:
         mixture = str(model["distribution"]).endswith("GaussianMixture")
         if mixture and model["components"] is None:
@@ -178,7 +181,7 @@ def _check_loss(loss: Any) -> None:
     _check(LOSSES[name], options, "loss.")
 
 
-def _check_transform(transform: Any, values: dict[str, Any], model: dict[str, Any]) -> None:
+def _check_transform(transform: Any, model: dict[str, Any]) -> None:
     """Raise a ConfigError where `target_transform` cannot be one, or has no meaning."""
     if transform is None:
         return
@@ -186,12 +189,6 @@ def _check_transform(transform: Any, values: dict[str, Any], model: dict[str, An
         raise ConfigError(
             f"target_transform={transform}: this model has none; use model=mixture, or so"
         )
-    if values["ensemble"] > 1:
-        raise ConfigError(f"target_transform={transform}: an ensemble has none; set ensemble=1")
-    loss = values["loss"]
-    name = loss["name"] if isinstance(loss, dict) else loss
-    if name in ("crps", "energy", "interval_nll"):
-        raise ConfigError(f"loss={name}: has no closed form with a target_transform; use loss=nll")
     for one in transform if isinstance(transform, list) else [transform]:
         name = one.get("name") if isinstance(one, dict) else one
         # Whether there is such a class is for TFP to say.
@@ -236,8 +233,8 @@ def _check_recipe(values: dict[str, Any], groups: dict[str, Any], embedding: Any
     if values["recipe"] is not None:
         if values["init_from"] is not None:
             raise ConfigError(
-                f"recipe={values['recipe']}: starts anew, init_from={values['init_from']} does "
-                "not; set one of them to null"
+                f"recipe={values['recipe']}: starts anew, and init_from does not; "
+                "set one of them to null"
             )
         if groups["backbone"]["_target_"] != STACKED[0]:
             raise ConfigError(f"recipe={values['recipe']}: tries depths of backbone=mlp; use that")

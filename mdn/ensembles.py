@@ -10,8 +10,10 @@ M ensemble members, N rows, S steps of a chunk.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +26,12 @@ from mdn.compiled import EVALUATION_BATCH, check_sizes
 from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Features
 from mdn.data.splits import draw_folds
-from mdn.density.mixture import mixture_of
+from mdn.density.mixing import mixture_of
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError
 from mdn.inference import largest_batch
 from mdn.model import MDN, PARTS
+from mdn.recalibration import RecalibrationFit
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
 
@@ -99,11 +102,6 @@ class Ensemble(MDN):
         super(MDN, self).__init__(**kwargs)
         if members < 1:
             raise ConfigError(f"members={members}: an ensemble needs at least one")
-        if model.head.target_transform is not None:
-            raise ConfigError(
-                f"target_transform={model.head.target_transform}: an ensemble has none; transform "
-                "the targets yourself, or train the members one by one"
-            )
         if type(model.backbone) not in BACKBONES:
             raise ConfigError(
                 f"the backbone {type(model.backbone).__name__} cannot be stacked: use one of "
@@ -124,7 +122,8 @@ class Ensemble(MDN):
         self.tracked = (*type(self).tracked, *self._trackers.members.names)
         # The scaling of y, in which the density is stated, is the template's and is the same for
         # all: as attributes its variables are saved with the ensemble's own.
-        self.statistics = self.head.statistics
+        for name, variable in self.head.statistics.items():
+            setattr(self, name, variable)
 
     @property
     def stacked(self) -> int:
@@ -144,7 +143,8 @@ class Ensemble(MDN):
     def parts(self) -> list[Any]:
         """The layers and variables that the density is computed from."""
         embedding = [] if self.embedding is None else [self.embedding]
-        return [self.encoder, *embedding, *self.statistics, *self.stacked_weights]
+        statistics = self.head.statistics.values()
+        return [self.encoder, *embedding, *statistics, *self.stacked_weights]
 
     @property
     def stacked_weights(self) -> list[tf.Variable]:
@@ -223,8 +223,8 @@ class Ensemble(MDN):
         member.encoder.set_weights(self.encoder.get_weights())
         for variable, value in zip(_weights(member), self.stacked_weights, strict=True):
             variable.assign(value[m])
-        for own, common in zip(member.head.statistics, self.statistics, strict=True):
-            own.assign(common)
+        for name, variable in self.head.statistics.items():
+            getattr(member.head, name).assign(variable)
         return member
 
     # ------------------------------------------------------------------ densities
@@ -339,6 +339,51 @@ class Ensemble(MDN):
         return self(x, training=False).log_prob(y)
 
     # ------------------------------------------------------------------ answers for many rows
+
+    def recalibrate(
+        self,
+        x: Features,
+        y: np.ndarray,
+        sample_weight: Any = None,
+        *,
+        rows: Sequence[np.ndarray] | None = None,
+        seed: int = 0,
+    ) -> RecalibrationFit:
+        """Recalibrate the members by one map, as `MDN.recalibrate` does.
+
+        With `rows`, a row is judged by the mixture of those members that have not learned from it,
+        often one. The mixture of all is wider than one member where they differ, and a map that
+        widens each may be too much for it: so one is taken only if the mixture of all gains too,
+        on the same rows, of which it has learned and which are therefore no reason to widen.
+
+        Args:
+            x: as for `MDN.recalibrate`.
+            y: as for `MDN.recalibrate`.
+            sample_weight: [N], row weights.
+            rows: for each member, the row numbers that it has not learned from, increasing; by
+                default none has learned from any.
+            seed: as for `MDN.recalibrate`.
+        """
+        fit = self._recalibrate(x, y, sample_weight, rows, seed)
+        if rows is None or fit.map is None:
+            return fit
+        gain = self.log_prob(x, y)
+        self.set_recalibration(None)
+        gain -= self.log_prob(x, y)
+        if sample_weight is not None:
+            gain *= np.reshape(sample_weight, [-1] + [1] * (gain.ndim - 1))
+        if np.nansum(gain, dtype=np.float64) <= 0.0:
+            return dataclasses.replace(fit, map=None)
+        self.set_recalibration(fit.map)
+        return fit
+
+    def member_answers(
+        self, x: Features, rows: Sequence[np.ndarray] | None = None
+    ) -> Iterator[tuple[Any, Queries]]:
+        for m in range(self.members):
+            index = slice(None) if rows is None else rows[m]
+            own = {k: v[index] for k, v in x.items()} if isinstance(x, dict) else x[index]
+            yield index, self.member(m).predict_distribution(own)
 
     def uncertainty(self, x: Features, batch_size: int | None = None) -> Uncertainty:
         """Return the covariance of the predictive density in two parts (law of total variance).
@@ -537,7 +582,7 @@ class Ensemble(MDN):
         serialize = tf_keras.saving.serialize_keras_object
         parts = {name: serialize(getattr(self, name)) for name in PARTS}
         own = {"name": self.name, "members": self.members, "missing": self.missing}
-        return {**own, **parts}
+        return {**own, **self.names_config(), **parts}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Ensemble:
@@ -547,6 +592,7 @@ class Ensemble(MDN):
         }
         model = cls(MDN(**parts), members=config["members"], name=config["name"])
         model.missing = config["missing"]
+        model.restore_names(config)
         return model
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import types
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Features, Rows
 from mdn.data.splits import thin
 from mdn.density.queries import Queries
+from mdn.density.recalibration import Recalibration
 from mdn.density.transformed import rebuilder
 from mdn.errors import ConfigError, DataError, RunError
 from mdn.features import Columns, Standardize, as_tensors
 from mdn.heads import Diag, Head, MixtureDiag
 from mdn.inference import RowProgram, largest_batch
+from mdn.recalibration import RecalibrationFit, recalibrate
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
 
@@ -200,7 +202,7 @@ class MDN(TrainedModel):
             **kwargs: as for `tf_keras.Model.compile`; metrics see the mean of the density.
 
         Raises:
-            ConfigError: the loss is unknown, or has no closed form for the head's density; or
+            ConfigError: the loss is unknown, or has no meaning for the head's density; or
                 there is no jitter of transformed targets.
         """
         self._jitter = jitters.get(jitter, self.head.grid)
@@ -209,32 +211,26 @@ class MDN(TrainedModel):
                 f"target_transform={self.head.target_transform}: noise could leave its domain; "
                 "train without jitter"
             )
-        self._score = losses.get(loss, self.head.grid)
+        self._score = losses.get(loss, self.head.grid, self.column_names.targets)
         self._check_score()
         if not isinstance(loss, str) or loss == "interval_nll":
             loss = self._score  # whose options are then saved with the model
         super().compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile, **kwargs)
 
     def _check_score(self) -> None:
-        """Raise a ConfigError where the loss has no closed form for the head's density."""
+        """Raise a ConfigError where the loss has no meaning for the head's density."""
         score, head = self._score, self.head
-        name = getattr(score, "__name__", type(score).__name__)
-        if head.target_transform is not None and (
-            score is losses.crps or isinstance(score, losses.Energy | losses.IntervalNLL)
-        ):
-            raise ConfigError(
-                f"loss={name}: has no closed form with a target_transform; use loss=nll"
-            )
         if not isinstance(score, losses.IntervalNLL):
             return
-        if head.event_size > 1 and not isinstance(head, Diag | MixtureDiag):
+        if head.event_size > 2 and not isinstance(head, Diag | MixtureDiag):
             raise ConfigError(
-                f"loss={name}: {head.event_size} targets need diagonal covariances; use "
+                f"loss=interval_nll: {head.event_size} targets need diagonal covariances; use "
                 "model=mixture_diag or model=diag"
             )
         if np.size(score.step) not in (1, head.event_size):
             raise ConfigError(
-                f"loss={name}: {np.size(score.step)} steps for {head.event_size} targets"
+                f"loss=interval_nll: {np.size(score.step)} steps for {head.event_size} targets; "
+                "give one for all, or one for each"
             )
 
     def compute_loss(
@@ -397,11 +393,15 @@ class MDN(TrainedModel):
         """
         programs = vars(self._programs)
         if name not in programs:
-            compiled = self.xla if self.optimizer is None else bool(self._jit_compile)
-            # Of bfloat16 XLA leaves roundings out, and would not answer as the artefact does.
-            whole = tf.as_dtype(self.backbone.compute_dtype or self.dtype).size >= 4
-            programs[name] = RowProgram(function, compiled and whole)
+            programs[name] = self.row_program(function)
         return programs[name](arrays, self._largest_batch if batch_size is None else batch_size)
+
+    def row_program(self, function: Callable) -> RowProgram:
+        """Return a program of rows that calls this model, compiled as far as its parts can be."""
+        compiled = self.xla if self.optimizer is None else bool(self._jit_compile)
+        # Of bfloat16 XLA leaves roundings out, and would not answer as the artefact does.
+        whole = tf.as_dtype(self.backbone.compute_dtype or self.dtype).size >= 4
+        return RowProgram(function, compiled and whole)
 
     @property
     def _largest_batch(self) -> int:
@@ -494,12 +494,58 @@ class MDN(TrainedModel):
         losses = -self.log_prob(rows.x, rows.y)
         return losses.reshape([len(losses), -1]).max(axis=1)  # the worst step of each
 
+    # ------------------------------------------------------------------ recalibration
+
+    def recalibrate(
+        self, x: Features, y: np.ndarray, sample_weight: Any = None, *, seed: int = 0
+    ) -> RecalibrationFit:
+        """Move and widen the components, and sharpen their weights, by the likelihood of rows.
+
+        The few numbers of the map (`mdn.density.recalibration`) are the same for every x. From
+        then on every answer is of the recalibrated density, which is of the same type; they are
+        saved and exported with the model. A map that was there before is replaced.
+
+        Args:
+            x: features of rows that the model has not learned from, as for `fit`.
+            y: [N, D] or [N, T, D]; NaN marks a missing entry.
+            sample_weight: [N], row weights.
+            seed: of the folds, and of the points in the cells of targets on a grid.
+
+        Returns:
+            What the map is worth on rows it was not fitted to. One that gains less than two
+            standard errors is not taken, and the model is then as if never recalibrated.
+        """
+        return self._recalibrate(x, y, sample_weight, None, seed)
+
+    def _recalibrate(
+        self, x: Any, y: Any, weight: Any, rows: Sequence[np.ndarray] | None, seed: int
+    ) -> RecalibrationFit:
+        self._check_adapted()
+        self.set_recalibration(None)
+        fit = recalibrate(self, _as_features(x), y, weight, rows, seed)
+        self.set_recalibration(fit.map)
+        return fit
+
+    def set_recalibration(self, recalibration: Recalibration | None) -> None:
+        """Take a map of the density, in the units of y (transformed ones, where they are)."""
+        self.head.recalibration = recalibration
+        # Programs that were made for another density.
+        vars(self._programs).clear()
+        self._loop.functions = {}
+        self.train_function = self.test_function = self.predict_function = None
+
+    def member_answers(
+        self, x: Features, rows: Sequence[np.ndarray] | None = None
+    ) -> Iterator[tuple[Any, Queries]]:
+        """Yield the rows that a member is asked of, and its density of them: of an MDN, all."""
+        yield slice(None), self.predict_distribution(x)
+
     # ------------------------------------------------------------------ saving
 
     def get_config(self) -> dict[str, Any]:
         serialize = tf_keras.saving.serialize_keras_object
         parts = {name: serialize(getattr(self, name)) for name in PARTS}
-        return {"name": self.name, "missing": self.missing, **parts}
+        return {"name": self.name, "missing": self.missing, **self.names_config(), **parts}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> MDN:
@@ -509,6 +555,7 @@ class MDN(TrainedModel):
         }
         model = cls(name=config["name"], **parts)
         model.missing = config["missing"]
+        model.restore_names(config)
         return model
 
     def get_build_config(self) -> dict[str, Any]:

@@ -349,6 +349,7 @@ class TopOptions(Section):
     ensemble: PositiveInt = 1
     recipe: Literal["auto"] | None
     folds: Annotated[int, Field(ge=2)] | None
+    recalibrate: bool | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     output_dir: str | None
     overwrite: bool

@@ -22,12 +22,13 @@ from mdn.callbacks.averaging import AveragedWeights
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.interrupt import Interrupt
-from mdn.callbacks.tensorboard import write_curve
+from mdn.callbacks.tensorboard import write_curve, write_pictures
 from mdn.config import make
 from mdn.data.checks import check_batch_size
 from mdn.data.rows import Data
-from mdn.errors import RunError
+from mdn.errors import DataError, RunError
 from mdn.evaluation import print_table
+from mdn.export import directory_size
 from mdn.options import AUTO, GENERATIVE
 from mdn.plots import write_figures
 from mdn.preparation import compile_model, make_batches, member_folds
@@ -66,6 +67,10 @@ def train(
     seed_everything(config)
     ignored = config.model._target_ == GENERATIVE and "missing" in config.data
     data: Data = make(config, "data", **({"missing": "indicator"} if ignored else {})).load()
+    if config.get("recalibrate") and data.validation is data.train:
+        raise DataError(
+            "recalibrate=true: all rows are learned from, so that none can judge; leave it out"
+        )
     tried: dict[str, Any] = {}
     if config.recipe == "auto":
         with strategy.scope():
@@ -279,11 +284,13 @@ def finish(
     notes: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Evaluate and export; `metrics.json` comes last and marks the run as finished."""
-    model.save(directory / "model.keras")
     task = get_task(config)
+    recalibration = task.recalibrate(model, config, data) if config.get("recalibrate") else {}
+    model.save(directory / "model.keras")
     rows = epoch_steps(config, data) * config.trainer.batch_size
     metrics = {
         **task.judge(model, data, progress.history, directory / "plots"),
+        **recalibration,
         **data.notes,
         **(notes or {}),
         "train/seconds": progress.seconds,
@@ -293,7 +300,11 @@ def finish(
     }
     if to_first_step is not None:  # else nothing was left to train
         metrics["train/seconds_to_first_step"] = to_first_step
-    task.export(model, directory / "saved_model", data.targets)
+    if config.callbacks.get("tensorboard") is not None:
+        pictures = [directory / "plots" / f"{name}.png" for name in ("calibration", "sbc")]
+        write_pictures(directory / "tensorboard" / "test", pictures, progress.epoch)
+    task.export(model, directory / "saved_model", config)
+    metrics["export/bytes"] = directory_size(directory / "saved_model")
     if config.get("comparison") is not None:
         metrics |= make(config, "comparison")(config)
     directory.write_json("provenance.json", provenance(config, data.fingerprint()))

@@ -103,6 +103,8 @@ def test_trainer_options_are_checked():
     ("overrides", "message"),
     [
         (["k=0"], "k=0: must be greater than 0"),
+        (["recalibrate=3"], "recalibrate=3: must be a valid boolean"),
+        (["recalibrate=true", "model=vae", "data=digits"], "recalibrate=true: model=vae has no"),
         (["k=three"], "k=three: must be a valid integer"),
         (["model=tril", "k=3"], "k=3: this model has no components; use model=mixture"),
         (["+k=3", "model=diag"], "k=3: this model has no components; use model=mixture"),
@@ -119,8 +121,6 @@ def test_trainer_options_are_checked():
         (["model=low_rank", "rank=two"], "rank=two: must be a valid integer"),
         (["target_transform=logg"], "target_transform=logg: is unknown; choose one of log, logit"),
         (["target_transform=log", "model=vae"], "target_transform=log: this model has none"),
-        (["target_transform=log", "loss=crps"], "loss=crps: has no closed form with a target_tr"),
-        (["target_transform=log", "ensemble=2"], "target_transform=log: an ensemble has none"),
         (["kk=3"], "kk=3: kk is no option; did you mean k"),
         (["modle=tril"], "modle=tril: modle is no option; did you mean model"),
         (["model=lstm"], "model=lstm: there is no such model; choose one of diag, distribution"),

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 import yaml
 
+from mdn.data import records
 from mdn.data.records import TFRecord
 from mdn.errors import DataError, MDNError
 from mdn.features import Standardize
@@ -153,6 +154,27 @@ def test_file_errors_are_one_line(content, message, tmp_path):
     with pytest.raises(DataError, match=message) as error:
         load(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["rows.tfrecord", "rows.tfrecord.gz"])
+def test_file_that_is_cut_short_after_it_was_opened(name, tmp_path):
+    path = Path(write(lists(), tmp_path / name))
+    reader = load(path).stream.reader
+    assert sum(map(len, reader.read(0))) == N
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(DataError, match=f"{name} cannot be read as TFRecord") as error:
+        list(reader.read(0))
+    assert "\n" not in str(error.value)
+
+
+def test_records_longer_than_what_is_read_at_a_time(tmp_path, monkeypatch):
+    path = write(lists(), tmp_path / "rows.tfrecord")
+    whole = list(load(path).stream.reader.read(0))
+    monkeypatch.setattr(records, "READ_BYTES", 7)
+    again = list(load(path).stream.reader.read(0))
+    for one, other in zip(whole, again, strict=True):
+        np.testing.assert_array_equal(one.x, other.x)
+        np.testing.assert_array_equal(one.y, other.y)
 
 
 def test_config_lists_the_defaults():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from benchmarks.speed.workloads import EPSILON, LEARNING_RATE, MIN_SCALE, Proble
 from mdn.base import TrainedModel
 from mdn.data.pipeline import training_batches
 from mdn.data.rows import Rows
-from mdn.data.tabular import Parquet
 from mdn.inference import RowProgram
 
 
@@ -187,27 +187,26 @@ class Members(OnArrays):
         self.model.compile(tf_keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON))
 
 
-class FromParquet:
-    """The model on rows of a Parquet file, as `data=parquet` reads them.
+class FromFiles:
+    """The model on rows of files, as `data=parquet` and `data=tfrecord` read them.
 
     Args:
         problem: its sizes.
-        folder: with the files that `write_parquet` wrote.
-        stream: read the rows anew in every epoch, instead of once.
+        source: takes `path` and `targets`, and reads the files.
+        folder: with the files that `write_parquet` and `write_records` wrote.
     """
 
-    def __init__(self, problem: Problem, folder: Path, stream: bool) -> None:
+    def __init__(self, problem: Problem, source: Callable[..., Any], folder: Path) -> None:
         w = problem.workload
         targets = [f"y{i}" for i in range(w.targets)]
-        options: dict[str, Any] = {"stream": True} if stream else {}
-        data: Any = Parquet(path=str(folder), targets=targets, **options).load()
+        data: Any = source(path=str(folder), targets=targets).load()
         self.model = mdn.MDN(
             mdn.heads.Mixture(w.targets, w.components, min_scale=MIN_SCALE),
             mdn.backbones.MLP(widths=w.widths, activation="tanh"),
         )
         self.model.adapt(data.train.x, data.train.y)
         self.model.compile(tf_keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON))
-        if stream:
+        if data.stream is not None:
             self.batches = data.stream.batches(self.model, w.batch, seed=0)
         else:
             arrays = self.model.arrays(data.train)
@@ -219,10 +218,26 @@ class FromParquet:
         self.model.fit(self.batches, epochs=epochs, verbose=0)
 
 
+def _columns(problem: Problem) -> dict[str, np.ndarray]:
+    """Return the columns x0, x1, .., y0, y1, ..; [N] each."""
+    columns = {f"x{i}": column for i, column in enumerate(problem.x.T)}
+    return columns | {f"y{i}": column for i, column in enumerate(problem.y.T)}
+
+
+def write_records(problem: Problem, folder: Path, files: int = 4) -> None:
+    """Write the rows to TFRecord files, each column as lists of one number."""
+    columns = _columns(problem)
+    for i, rows in enumerate(np.array_split(np.arange(len(problem.x)), files)):
+        with tf.io.TFRecordWriter(str(folder / f"part{i}.tfrecord")) as file:
+            for row in zip(*(column[rows] for column in columns.values()), strict=True):
+                example = tf.train.Example()
+                for name, value in zip(columns, row, strict=True):
+                    example.features.feature[name].float_list.value.append(value)
+                file.write(example.SerializeToString())
+
+
 def write_parquet(problem: Problem, folder: Path, files: int = 4) -> None:
     """Write the rows to Parquet files with the columns x0, x1, .., y0, y1, .."""
-    columns = {f"x{i}": column for i, column in enumerate(problem.x.T)}
-    columns |= {f"y{i}": column for i, column in enumerate(problem.y.T)}
-    frame = pd.DataFrame(columns)
+    frame = pd.DataFrame(_columns(problem))
     for i, rows in enumerate(np.array_split(np.arange(len(frame)), files)):
         frame.iloc[rows].to_parquet(folder / f"part{i}.parquet")

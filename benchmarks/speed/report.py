@@ -135,7 +135,7 @@ def markdown(results: Results, image: str = "") -> str:
         title = "Ensembles: all members in one program"
         parts.append(_lineup(title, results.ensembles))
     if results.streaming:
-        title = "Rows read anew in every epoch, from Parquet files"
+        title = "Rows read anew in every epoch, from Parquet and TFRecord files"
         parts.append(_lineup(title, results.streaming))
     if results.inference:
         title = "Answers for many rows"

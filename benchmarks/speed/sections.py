@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from benchmarks.speed.contenders import NETWORK, PRECISION, Contender
 from benchmarks.speed.measure import START_ROWS, Entrant, disagreements, race
 from benchmarks.speed.workers import not_installed
 from benchmarks.speed.workloads import Problem, Workload, draw, reference_loss
+from mdn.data.records import TFRecord
+from mdn.data.tabular import Parquet
 from mdn.inference import largest_batch
 
 # Whose memory is looked at, of those that take part.
@@ -119,9 +121,15 @@ def streaming(workload: Workload, repeats: int) -> list[Entrant]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ours.write_parquet(problem, folder)
+        ours.write_records(problem, folder)
+        sources: dict[str, Callable[..., Any]] = {
+            "in memory": Parquet,
+            "streamed": partial(Parquet, stream=True),
+            "streamed, TFRecord": TFRecord,
+        }
         entrants = [
-            Entrant(label, label, workload, partial(ours.FromParquet, problem, folder, stream))
-            for label, stream in (("in memory", False), ("streamed", True))
+            Entrant(label, label, workload, partial(ours.FromFiles, problem, source, folder))
+            for label, source in sources.items()
         ]
         race(entrants, repeats)
     return entrants

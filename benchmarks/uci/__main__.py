@@ -74,15 +74,17 @@ def run(options: argparse.Namespace) -> None:
             for split in todo[name]:
                 bar.update(task, description=f"{name} {split}")
                 start = time.perf_counter()
-                model, data, chosen = fitter.fit(
-                    split, lambda share, done=done: bar.update(task, completed=done + share)
-                )
+
+                def advance(share: float, done: int = done) -> None:
+                    bar.update(task, completed=done + share)
+
+                model, data, variant = fitter.fit(split, advance)
                 density = model.predict_distribution(data.test.x)
                 known = np.concatenate([data.train.y, data.validation.y])
                 scores = score(density, data.test.y, known)
                 seconds = time.perf_counter() - start
                 results.add(
-                    name, split, keys[name], {**scores, "seconds": seconds, "recipe": chosen}
+                    name, split, keys[name], {**scores, "seconds": seconds, "recipe": variant}
                 )
                 done += 1
                 bar.update(task, completed=done)

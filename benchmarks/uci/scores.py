@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from mdn import losses
 from mdn.data.resolution import resolution
-from mdn.evaluation import Margins
+from mdn.margins import Margins
 
 LEVEL = 0.9
 POINTS = 512  # of a cell of several targets

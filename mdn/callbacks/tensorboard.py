@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class TensorBoard(tf_keras.callbacks.Callback):
     components/effective (the mean over the rows of exp(entropy of the weights), between 1 and K),
     the histograms components/weights and components/scales, the image density, and once the graph.
     A VAE has the components of its prior, and the images samples, reconstructions and latent.
+    A run adds, in `test/` and once it is finished, the images calibration and, of a simulator,
+    sbc: see `write_pictures`.
 
     Args:
         log_dir: where to write.
@@ -154,3 +156,16 @@ def _pixels(figure: Figure) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[np.newaxis, ..., :3]
+
+
+def write_pictures(log_dir: Path, paths: Iterable[Path], step: int) -> None:
+    """Write PNG files that are there as images, under their names, to one event file."""
+    writer = None
+    for path in paths:
+        if path.is_file():
+            writer = writer or tf.summary.create_file_writer(str(log_dir))
+            with writer.as_default(step=step):
+                pixels = tf.io.decode_png(path.read_bytes(), channels=3)
+                tf.summary.image(path.stem, pixels[tf.newaxis])
+    if writer is not None:
+        writer.close()

@@ -166,7 +166,7 @@ class TFRecordReader:
         checked their sums, before.
         """
         path = self.files[piece]
-        left, records = b"", []
+        left, records = b"", list[bytes]()
         try:
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
                 while data := file.read(READ_BYTES):

@@ -24,6 +24,7 @@ from mdn.density import positivity as scales
 from mdn.density import transforms
 from mdn.density.packed import packed_log_prob
 from mdn.density.queries import Queries
+from mdn.density.recalibration import Recalibration
 from mdn.density.transformed import Transformed, split_transform, to_base
 from mdn.errors import ConfigError, DataError
 from mdn.fitting.start import NARROWEST_START, Start, cluster
@@ -82,6 +83,7 @@ class Head(tfp.layers.DistributionLambda):
         )
         self._add_statistics()
         self._bijector = self._make_bijector()
+        self.recalibration: Recalibration | None = None  # in transformed units; `MDN.recalibrate`
         self.grid: list[float] | None = None  # [D], known from `adapt` on; 0 where there is none
         # The bias is made here and not in `build`, so that `adapt` can set it at any time.
         self.bias = self.add_weight(
@@ -102,9 +104,10 @@ class Head(tfp.layers.DistributionLambda):
         )
 
     @property
-    def statistics(self) -> list[tf.Variable]:
-        """What `adapt` finds besides the start, common to all members of an ensemble."""
-        return [self.y_loc, self.y_scale, self.floor]
+    def statistics(self) -> dict[str, tf.Variable]:
+        """What `adapt` finds in the targets beside the start: scaling, floor, powers; by name."""
+        names = ("y_loc", "y_scale", "floor", "box_cox_power", "box_cox_join")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def _make_bijector(self) -> Any:
         """Return the bijector of `target_transform`, if any."""
@@ -184,6 +187,8 @@ class Head(tfp.layers.DistributionLambda):
     def distribution(self, params: tf.Tensor) -> Any:
         """Return the density with batch [..] and event [D] of unconstrained params [.., P]."""
         density = self._density(params)
+        if self.recalibration is not None:
+            density = self.recalibration.apply(density)
         return density if self._bijector is None else Transformed(density, self._bijector)
 
     def _density(self, params: tf.Tensor) -> Queries:
@@ -219,6 +224,8 @@ class Head(tfp.layers.DistributionLambda):
         Returns:
             [M, B], nats.
         """
+        if self.recalibration is not None:
+            return self.distribution(tf.transpose(params, [0, 2, 1])).log_prob(y)
         if self._bijector is not None:
             y, log_slope, inside = to_base(self._bijector, y)
         k, d = self.components, self.event_size
@@ -266,7 +273,10 @@ class Head(tfp.layers.DistributionLambda):
 
     def parameters(self, distribution: Any) -> tf.Tensor:
         """Return the params [.., P] of which `distribution` makes this density: its inverse."""
-        return self._parameters_of(split_transform(distribution)[0])
+        density, _ = split_transform(distribution)
+        if self.recalibration is not None:
+            density = self.recalibration.undo(density)
+        return self._parameters_of(density)
 
     def _parameters_of(self, distribution: Any) -> tf.Tensor:
         """Return the params of which `_density` makes this density."""
@@ -322,7 +332,10 @@ class Head(tfp.layers.DistributionLambda):
         return tf.TensorShape([*input_shape[:-1], self.event_size])
 
     def get_config(self) -> dict[str, Any]:
+        found = self.recalibration
+        map_config = {} if found is None else {"recalibration": found.to_config()}
         return {
+            **map_config,
             "name": self.name,
             "trainable": self.trainable,
             "dtype": self.dtype,
@@ -336,7 +349,12 @@ class Head(tfp.layers.DistributionLambda):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Head:
-        return cls(**config)
+        options = dict(config)
+        recalibration = options.pop("recalibration", None)
+        head = cls(**options)
+        if recalibration is not None:
+            head.recalibration = Recalibration.from_config(recalibration)
+        return head
 
     # ------------------------------------------------------------------ starting values
 
@@ -361,6 +379,7 @@ class Head(tfp.layers.DistributionLambda):
         y = self._transformed(given)
         loc, scale = np.nanmean(y, axis=0), np.nanstd(y, axis=0)
         self.grid = [resolution(column) for column in given.T]
+        self.recalibration = None
         tied = [resolution(column) if self.grid_floor else 0.0 for column in y.T]
         grid = np.maximum(tied, [float32_step(column) for column in y.T])  # [D]
         self._adapt_background(len(given))

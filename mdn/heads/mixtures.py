@@ -80,9 +80,9 @@ class MixtureHead(Head):
             self.background_weight = self._statistic("background_weight", [], weight)
 
     @property
-    def statistics(self) -> list[tf.Variable]:
-        own = [] if self.background == 0.0 else [self.background_weight]
-        return [*super().statistics, *own]
+    def statistics(self) -> dict[str, tf.Variable]:
+        own = {} if self.background == 0.0 else {"background_weight": self.background_weight}
+        return {**super().statistics, **own}
 
     def _adapt_background(self, rows: int) -> None:
         if self.background == "auto":
