@@ -65,7 +65,7 @@ def finished(tmp_path_factory):
 @one_worker
 def test_run_directory_is_as_documented(finished):
     directory, _ = finished
-    assert {path.name for path in directory.iterdir()} == set(CONTENTS)
+    assert {path.name for path in directory.iterdir()} == {*CONTENTS} - {"recipe.json"}
     assert (directory / ".hydra" / "config.yaml").is_file()
     assert list((directory / "checkpoints").glob("epoch-00002.npz"))
     assert list((directory / "tensorboard" / "test").glob("events.out.tfevents.*"))
