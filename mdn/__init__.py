@@ -7,7 +7,16 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mdn import backbones, density, features, heads, losses
+    from mdn import (
+        backbones,
+        calibration,
+        density,
+        embeddings,
+        features,
+        heads,
+        losses,
+        optimizers,
+    )
     from mdn.density import (
         GaussianMixture,
         MultivariateNormalDiag,
@@ -18,6 +27,8 @@ if TYPE_CHECKING:
     from mdn.errors import MDNError
     from mdn.fitting.distribution import Fit, fit_distribution
     from mdn.model import MDN, load
+    from mdn.regressor import MDNRegressor
+    from mdn.selection import Selection, select_components
     from mdn.vae import VAE
 
 __version__ = importlib.metadata.version("mdn")
@@ -35,8 +46,20 @@ _HOME = {
     "MDNError": "mdn.errors",
     "Fit": "mdn.fitting.distribution",
     "fit_distribution": "mdn.fitting.distribution",
+    "MDNRegressor": "mdn.regressor",
+    "Selection": "mdn.selection",
+    "select_components": "mdn.selection",
 }
-_MODULES = ("backbones", "density", "features", "heads", "losses")
+_MODULES = (
+    "backbones",
+    "calibration",
+    "density",
+    "embeddings",
+    "features",
+    "heads",
+    "losses",
+    "optimizers",
+)
 
 __all__ = [
     "MDN",
@@ -45,16 +68,22 @@ __all__ = [
     "Fit",
     "GaussianMixture",
     "MDNError",
+    "MDNRegressor",
     "MultivariateNormalDiag",
     "MultivariateNormalTriL",
+    "Selection",
     "backbones",
+    "calibration",
     "density",
+    "embeddings",
     "features",
     "fit_distribution",
     "heads",
     "load",
     "losses",
     "mixture_of",
+    "optimizers",
+    "select_components",
 ]
 
 

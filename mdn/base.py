@@ -15,7 +15,7 @@ import tensorflow as tf
 import tf_keras
 
 from mdn.compiled import CompiledModel
-from mdn.data.rows import Rows
+from mdn.data.rows import ColumnNames, Rows
 from mdn.errors import RunError
 from mdn.updates import KerasUpdate, State, Update
 
@@ -27,6 +27,7 @@ class TrainedModel(CompiledModel):
         tracked: names of the means over an epoch, which are the metrics of `fit`; "loss" and
             "gradient_norm" among them.
         train_only: those of them that have no meaning for validation rows.
+        column_names: of the features and the targets, where they are known; saved with the model.
     """
 
     tracked: tuple[str, ...] = ("loss", "gradient_norm")
@@ -34,6 +35,7 @@ class TrainedModel(CompiledModel):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)  # the model takes raw numbers as they are
+        self.column_names = ColumnNames()
         # In a namespace, as Keras takes the state of a metric in an attribute for weights.
         self._trackers = types.SimpleNamespace(
             **{name: tf_keras.metrics.Mean(name=name) for name in self.tracked}
@@ -61,7 +63,7 @@ class TrainedModel(CompiledModel):
     # ------------------------------------------------------------------ Keras
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        self.learn(data, KerasUpdate(self.optimizer), [])
+        self.learn(data, KerasUpdate(self.optimizer, self.stacked), [])
         return self.results(training=True)
 
     def learn(self, data: Any, update: Update, state: State) -> State:
@@ -111,6 +113,15 @@ class TrainedModel(CompiledModel):
         return count
 
     # ------------------------------------------------------------------ saving
+
+    def names_config(self) -> dict[str, Any]:
+        """Return the part of `get_config` that holds the names of the columns."""
+        return {"column_names": {k: list(v) for k, v in vars(self.column_names).items()}}
+
+    def restore_names(self, config: dict[str, Any]) -> None:
+        """Take the names of the columns from what `get_config` returned."""
+        names = config.get("column_names", {})
+        self.column_names = ColumnNames(**{k: tuple(v) for k, v in names.items()})
 
     def save(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
         """Write a `.keras` file: whole, or not at all.

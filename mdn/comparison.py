@@ -20,8 +20,8 @@ from scipy import stats
 from mdn.config import make
 from mdn.data.pipeline import epoch_order
 from mdn.data.rows import Data
+from mdn.preparation import compile_model
 from mdn.tasks import get_task
-from mdn.training import compile_model
 from mdn.vae import PRIORS, VAE
 
 log = logging.getLogger(__name__)

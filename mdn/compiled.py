@@ -126,6 +126,16 @@ class CompiledModel(tf_keras.Model):
         """Whether a train step can be compiled once and for all."""
         return True
 
+    @property
+    def stacked(self) -> int:
+        """How many networks learn at once, each of its own gradient."""
+        return 1
+
+    @property
+    def turned(self) -> list[tf.Variable]:
+        """Weights [.., H, P] whose gradient is a faster product transposed, [.., P, H]."""
+        return []
+
     def learn(self, data: Any, update: Update, state: State) -> State:
         """Take a train step with a batch; return the new state of `update`."""
         raise NotImplementedError
@@ -458,9 +468,11 @@ class CompiledModel(tf_keras.Model):
         if not self._loop.train:
             return super().make_train_function(force)
         if FusedAdam.supports(self.optimizer, self.trainable_variables):
-            update: Update = FusedAdam(self.optimizer, self.trainable_variables)
+            update: Update = FusedAdam(
+                self.optimizer, self.trainable_variables, self.stacked, self.turned
+            )
         else:
-            update = KerasUpdate(self.optimizer)
+            update = KerasUpdate(self.optimizer, self.stacked)
         return self._chunk_function("train", self.learn, update, self._train_counter)
 
     def make_test_function(self, force: bool = False) -> Callable:

@@ -23,11 +23,13 @@ from pydantic import ValidationError
 
 from mdn.errors import ConfigError, MDNError
 from mdn.options import (
+    AUTO,
     FITTED,
     GENERATIVE,
     LOSSES,
     ONE_DEVICE,
     OPTIONS,
+    SEVERAL_WORKERS,
     STACKED,
     STREAMED,
     TRANSFORMS,
@@ -79,6 +81,7 @@ def check_config(config: DictConfig) -> None:
     groups: dict[str, Any] = {str(name): values.pop(name, None) for name in GROUPS}
     callbacks = values.pop("callbacks", None) or {}
     comparison = values.pop("comparison", None)
+    embedding = values.pop("embedding", None)
     _check(TopOptions, values, "")
     for name, group in groups.items():
         if not isinstance(group, dict) or "_target_" not in group:
@@ -96,15 +99,17 @@ def check_config(config: DictConfig) -> None:
         raise ConfigError("comparison: takes no row weights; comparison=null leaves it out")
     if model["_target_"] == FITTED and values["init_from"] is not None:
         raise ConfigError("init_from: model=distribution starts from model.initial; leave it out")
+    if AUTO in (values.get("k"), model.get("components")):
+        _check_auto(values, groups)
     nodes = groups | {f"callbacks.{name}": node for name, node in callbacks.items()}
-    nodes["comparison"] = comparison
+    nodes |= {"comparison": comparison, "embedding": embedding}
     for name, group in nodes.items():
         if group is not None and group.get("_target_") in OPTIONS:
             _check(OPTIONS[group["_target_"]], group, f"{name}.")
     if "k" in values and "components" not in model:
         raise ConfigError(_k_without_components(str(values["k"])))
     _check_loss(values["loss"])
-    _check_transform(values["target_transform"], values, model)
+    _check_transform(values["target_transform"], model)
     if values.get("rank") is not None and "rank" not in model:
         raise ConfigError(_rank_without_factors(str(values["rank"])))
     if model["_target_"] in (FITTED, GENERATIVE):
@@ -118,8 +123,12 @@ def check_config(config: DictConfig) -> None:
                 f"data=tfrecord is a stream: model={name} needs its rows in memory; use data=npz, "
                 "csv or parquet"
             )
+    _check_recipe(values, groups, embedding)
     if values["ensemble"] > 1:
         _check_ensemble(values["ensemble"], groups)
+    if values.get("recalibrate") and model["_target_"] in (FITTED, GENERATIVE):
+        name = "distribution" if model["_target_"] == FITTED else "vae"
+        raise ConfigError(f"recalibrate=true: model={name} has no p(y | x); leave it out")
     if model["_target_"] == FITTED:
         mixture = str(model["distribution"]).endswith("GaussianMixture")
         if mixture and model["components"] is None:
@@ -140,6 +149,29 @@ def check_config(config: DictConfig) -> None:
                 )
 
 
+def _check_auto(values: dict[str, Any], groups: dict[str, Any]) -> None:
+    """Raise a ConfigError where the number of components cannot be chosen."""
+    model = groups["model"]
+    if "components" not in model:
+        raise ConfigError(_k_without_components(AUTO))
+    if model["_target_"] in (FITTED, GENERATIVE):
+        name = "distribution" if model["_target_"] == FITTED else "vae"
+        raise ConfigError(
+            f"k=auto: model={name} has no validation NLL to choose by; give k=3, or so"
+        )
+    if values["recipe"] is not None:
+        raise ConfigError(
+            f"k=auto: recipe={values['recipe']} compares variants of one k; set recipe=null, or "
+            "k=10"
+        )
+    if values["init_from"] is not None:
+        raise ConfigError(
+            f"k=auto: init_from={values['init_from']} has its number of components; give that one"
+        )
+    if groups["strategy"]["_target_"] == SEVERAL_WORKERS:
+        raise ConfigError("k=auto: choose it on one machine, and give several workers that number")
+
+
 def _check_loss(loss: Any) -> None:
     """Raise a ConfigError unless this is a loss, by its name or with its options."""
     options = dict(loss) if isinstance(loss, dict) else {"name": loss}
@@ -149,7 +181,7 @@ def _check_loss(loss: Any) -> None:
     _check(LOSSES[name], options, "loss.")
 
 
-def _check_transform(transform: Any, values: dict[str, Any], model: dict[str, Any]) -> None:
+def _check_transform(transform: Any, model: dict[str, Any]) -> None:
     """Raise a ConfigError where `target_transform` cannot be one, or has no meaning."""
     if transform is None:
         return
@@ -157,12 +189,6 @@ def _check_transform(transform: Any, values: dict[str, Any], model: dict[str, An
         raise ConfigError(
             f"target_transform={transform}: this model has none; use model=mixture, or so"
         )
-    if values["ensemble"] > 1:
-        raise ConfigError(f"target_transform={transform}: an ensemble has none; set ensemble=1")
-    loss = values["loss"]
-    name = loss["name"] if isinstance(loss, dict) else loss
-    if name in ("crps", "energy", "interval_nll"):
-        raise ConfigError(f"loss={name}: has no closed form with a target_transform; use loss=nll")
     for one in transform if isinstance(transform, list) else [transform]:
         name = one.get("name") if isinstance(one, dict) else one
         # Whether there is such a class is for TFP to say.
@@ -171,6 +197,49 @@ def _check_transform(transform: Any, values: dict[str, Any], model: dict[str, An
                 f"target_transform={name}: is unknown; choose one of {', '.join(TRANSFORMS)}, or "
                 "a class of tfp.bijectors such as Softplus"
             )
+
+
+def _check_recipe(values: dict[str, Any], groups: dict[str, Any], embedding: Any) -> None:
+    """Raise a ConfigError where an ingredient of a recipe has no meaning."""
+    trainer, model, data = values["trainer"], groups["model"], groups["data"]
+    if model["_target_"] in (FITTED, GENERATIVE):
+        name = "distribution" if model["_target_"] == FITTED else "vae"
+        if embedding is not None:
+            raise ConfigError(f"embedding: model={name} has none; leave it out")
+        if trainer["jitter"]:
+            raise ConfigError(f"trainer.jitter=true: model={name} has none; set it to false")
+    if trainer["jitter"] and values["target_transform"] is not None:
+        raise ConfigError(
+            "trainer.jitter=true: noise could leave the domain of target_transform; set "
+            "trainer.jitter=false"
+        )
+    if trainer["steps"] is not None and (data.get("stream") or data["_target_"] == STREAMED):
+        raise ConfigError(
+            f"trainer.steps={trainer['steps']}: an epoch of a stream is a pass over it; set "
+            "trainer.steps=null"
+        )
+    if isinstance(trainer["steps"], int) and trainer["steps"] < trainer["epochs"]:
+        raise ConfigError(
+            f"trainer.steps={trainer['steps']}: is cut into trainer.epochs={trainer['epochs']} "
+            "parts; give as many steps at least, or fewer epochs"
+        )
+    if values["ensemble"] == 1:
+        for name in ("folds", "recipe"):
+            if values[name] is not None:
+                raise ConfigError(
+                    f"{name}={values[name]}: needs members that hold out rows; set ensemble=5, or "
+                    f"{name}=null"
+                )
+    if values["recipe"] is not None:
+        if values["init_from"] is not None:
+            raise ConfigError(
+                f"recipe={values['recipe']}: starts anew, and init_from does not; "
+                "set one of them to null"
+            )
+        if groups["backbone"]["_target_"] != STACKED[0]:
+            raise ConfigError(f"recipe={values['recipe']}: tries depths of backbone=mlp; use that")
+        if "weight_decay" not in groups["optimizer"]:
+            raise ConfigError(f"recipe={values['recipe']}: tries decays; use optimizer=adamw")
 
 
 def _check_ensemble(members: int, groups: dict[str, Any]) -> None:
@@ -191,11 +260,6 @@ def _check_ensemble(members: int, groups: dict[str, Any]) -> None:
         raise ConfigError(
             f"{asked}: a stream gives all members the same rows; read them into memory, or set "
             "ensemble=1"
-        )
-    if groups["optimizer"].get("global_clipnorm") is not None:
-        raise ConfigError(
-            f"{asked}: optimizer.global_clipnorm={groups['optimizer']['global_clipnorm']} would "
-            "clip all members by one norm; set optimizer.global_clipnorm=null"
         )
 
 

@@ -10,8 +10,10 @@ M ensemble members, N rows, S steps of a chunk.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +26,12 @@ from mdn.compiled import EVALUATION_BATCH, check_sizes
 from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Features
 from mdn.data.splits import draw_folds
-from mdn.density.mixture import mixture_of
+from mdn.density.mixing import mixture_of
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError
 from mdn.inference import largest_batch
-from mdn.model import MDN
+from mdn.model import MDN, PARTS
+from mdn.recalibration import RecalibrationFit
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
 
@@ -47,6 +50,34 @@ class Uncertainty(NamedTuple):
 
     aleatoric: np.ndarray
     epistemic: np.ndarray
+
+
+class MemberMeans(tf_keras.metrics.Metric):
+    """The NLL of each member, a mean over the rows so far; as the metrics nll_0, nll_1, ..
+
+    Args:
+        members: M.
+    """
+
+    def __init__(self, members: int) -> None:
+        super().__init__(name="members")
+        self.names = [f"nll_{m}" for m in range(members)]
+        self.total, self.count = (
+            self.add_weight(name, [members], initializer="zeros") for name in ("total", "count")
+        )
+
+    def update_state(self, values: tf.Tensor, sample_weight: tf.Tensor) -> None:
+        """Count the mean [M] of so many rows, [M]."""
+        self.total.assign_add(tf.cast(values * sample_weight, self.total.dtype))
+        self.count.assign_add(tf.cast(sample_weight, self.count.dtype))
+
+    def reset_state(self) -> None:
+        for variable in (self.total, self.count):
+            variable.assign(tf.zeros_like(variable))
+
+    def result(self) -> dict[str, tf.Tensor]:
+        means = tf.unstack(tf.math.divide_no_nan(self.total, self.count))
+        return dict(zip(self.names, means, strict=True))
 
 
 @register
@@ -71,11 +102,6 @@ class Ensemble(MDN):
         super(MDN, self).__init__(**kwargs)
         if members < 1:
             raise ConfigError(f"members={members}: an ensemble needs at least one")
-        if model.head.target_transform is not None:
-            raise ConfigError(
-                f"target_transform={model.head.target_transform}: an ensemble has none; transform "
-                "the targets yourself, or train the members one by one"
-            )
         if type(model.backbone) not in BACKBONES:
             raise ConfigError(
                 f"the backbone {type(model.backbone).__name__} cannot be stacked: use one of "
@@ -85,20 +111,23 @@ class Ensemble(MDN):
         # In a namespace, so that Keras does not take the template's weights for the ensemble's.
         self._template = types.SimpleNamespace(model=_copy(model), stacked={})
         self.encoder: Any = model.encoder
+        self.embedding: Any = model.embedding
         self.missing = "error"
         self._feature_rank: int | None = None
         self._score: losses.Loss = losses.nll
+        self._jitter = None
         self._programs = types.SimpleNamespace()
         self._rebuild: Any = None
-        for name in self._member_names():
-            vars(self._trackers)[name] = tf_keras.metrics.Mean(name=name)
-        self.tracked = (*type(self).tracked, *self._member_names())
+        self._trackers.members = MemberMeans(self.members)
+        self.tracked = (*type(self).tracked, *self._trackers.members.names)
         # The scaling of y, in which the density is stated, is the template's and is the same for
         # all: as attributes its variables are saved with the ensemble's own.
-        self.y_loc, self.y_scale, self.floor = self.head.y_loc, self.head.y_scale, self.head.floor
+        for name, variable in self.head.statistics.items():
+            setattr(self, name, variable)
 
-    def _member_names(self) -> list[str]:
-        return [f"nll_{m}" for m in range(self.members)]
+    @property
+    def stacked(self) -> int:
+        return self.members
 
     @property
     def head(self) -> Any:  # type: ignore[override]
@@ -113,12 +142,18 @@ class Ensemble(MDN):
     @property
     def parts(self) -> list[Any]:
         """The layers and variables that the density is computed from."""
-        return [self.encoder, self.y_loc, self.y_scale, self.floor, *self.stacked_weights]
+        embedding = [] if self.embedding is None else [self.embedding]
+        statistics = self.head.statistics.values()
+        return [self.encoder, *embedding, *statistics, *self.stacked_weights]
 
     @property
     def stacked_weights(self) -> list[tf.Variable]:
         """The weights of the members, [M, ..] each."""
         return list(self._template.stacked.values())
+
+    @property
+    def turned(self) -> list[tf.Variable]:
+        return [self._stack(self.head.kernel)]
 
     def are_stacked(self) -> list[bool]:
         """Return which of `weights` have a slice for each member."""
@@ -143,23 +178,25 @@ class Ensemble(MDN):
             DataError: as `MDN.adapt` does.
         """
         template: MDN = self._template.model
-        template.encoder = self.encoder
+        template.encoder, template.embedding = self.encoder, self.embedding
         template.adapt(x, y, missing=missing, seed=seed)
         self.encoder, self.missing = template.encoder, template.missing
         rank = template.get_build_config()["feature_rank"]
         self._build_network(rank)
+        starts = []
         for m in range(self.members):
             tf_keras.utils.set_random_seed(seed + m)
             member = _copy(template)
-            member.encoder = template.encoder
+            member.encoder, member.embedding = template.encoder, template.embedding
             member.head.adapt(template.known_targets(x, y), seed=seed + m)
             member.build_from_config({"feature_rank": rank})
-            for variable, value in zip(self.stacked_weights, _weights(member), strict=True):
-                variable.assign(tf.tensor_scatter_nd_update(variable, [[m]], [value]))
+            starts.append([weight.numpy() for weight in _weights(member)])
+        for variable, values in zip(self.stacked_weights, zip(*starts, strict=True), strict=True):
+            variable.assign(np.stack(values))
 
     def _build_network(self, rank: int) -> None:
         template: MDN = self._template.model
-        template.encoder = self.encoder
+        template.encoder, template.embedding = self.encoder, self.embedding
         template.build_from_config({"feature_rank": rank})
         if not self._template.stacked:
             for weight in _weights(template):
@@ -178,13 +215,16 @@ class Ensemble(MDN):
         self._check_adapted()
         member = _copy(self._template.model)
         member.encoder = type(self.encoder).from_config(self.encoder.get_config())
+        if self.embedding is not None:
+            member.embedding = type(self.embedding).from_config(self.embedding.get_config())
+            member.embedding.set_weights(self.embedding.get_weights())
         member.missing = self.missing
         member.build_from_config(self.get_build_config())
         member.encoder.set_weights(self.encoder.get_weights())
         for variable, value in zip(_weights(member), self.stacked_weights, strict=True):
             variable.assign(value[m])
-        for name in ("y_loc", "y_scale", "floor"):
-            getattr(member.head, name).assign(getattr(self.head, name))
+        for name, variable in self.head.statistics.items():
+            getattr(member.head, name).assign(variable)
         return member
 
     # ------------------------------------------------------------------ densities
@@ -216,8 +256,8 @@ class Ensemble(MDN):
         rows = tf.reshape(x, tf.concat([[-1], tf.shape(x)[2:]], 0)) if own else x
         if own:
             rows.set_shape([None, *x.shape[2:]])
-        features = self.encoder(rows)  # [M B, .., F] or [B, .., F]
-        size = self.encoder.output_size
+        features = self.features(rows)  # [M B, .., F'] or [B, .., F']
+        size = (self.embedding or self.encoder).output_size
         if own:
             batch = tf.shape(x)[1:-1]  # [B] or [B, T]
             features = tf.reshape(features, [self.members, -1, size])
@@ -300,6 +340,51 @@ class Ensemble(MDN):
 
     # ------------------------------------------------------------------ answers for many rows
 
+    def recalibrate(
+        self,
+        x: Features,
+        y: np.ndarray,
+        sample_weight: Any = None,
+        *,
+        rows: Sequence[np.ndarray] | None = None,
+        seed: int = 0,
+    ) -> RecalibrationFit:
+        """Recalibrate the members by one map, as `MDN.recalibrate` does.
+
+        With `rows`, a row is judged by the mixture of those members that have not learned from it,
+        often one. The mixture of all is wider than one member where they differ, and a map that
+        widens each may be too much for it: so one is taken only if the mixture of all gains too,
+        on the same rows, of which it has learned and which are therefore no reason to widen.
+
+        Args:
+            x: as for `MDN.recalibrate`.
+            y: as for `MDN.recalibrate`.
+            sample_weight: [N], row weights.
+            rows: for each member, the row numbers that it has not learned from, increasing; by
+                default none has learned from any.
+            seed: as for `MDN.recalibrate`.
+        """
+        fit = self._recalibrate(x, y, sample_weight, rows, seed)
+        if rows is None or fit.map is None:
+            return fit
+        gain = self.log_prob(x, y)
+        self.set_recalibration(None)
+        gain -= self.log_prob(x, y)
+        if sample_weight is not None:
+            gain *= np.reshape(sample_weight, [-1] + [1] * (gain.ndim - 1))
+        if np.nansum(gain, dtype=np.float64) <= 0.0:
+            return dataclasses.replace(fit, map=None)
+        self.set_recalibration(fit.map)
+        return fit
+
+    def member_answers(
+        self, x: Features, rows: Sequence[np.ndarray] | None = None
+    ) -> Iterator[tuple[Any, Queries]]:
+        for m in range(self.members):
+            index = slice(None) if rows is None else rows[m]
+            own = {k: v[index] for k, v in x.items()} if isinstance(x, dict) else x[index]
+            yield index, self.member(m).predict_distribution(own)
+
     def uncertainty(self, x: Features, batch_size: int | None = None) -> Uncertainty:
         """Return the covariance of the predictive density in two parts (law of total variance).
 
@@ -316,6 +401,25 @@ class Ensemble(MDN):
         parts = [part for _, part in answers]
         return Uncertainty(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
+    def member_log_prob(
+        self, x: Features, y: np.ndarray, batch_size: int | None = None
+    ) -> np.ndarray:
+        """Return each member's log p(y | x) of any number of rows, in nats: [N, M] or [N, T, M].
+
+        Args:
+            x: [N, F], [N, T, F], or a mapping of columns [N].
+            y: [N, D] or [N, T, D] in the user's units; an entry that is NaN is marginalised.
+            batch_size: rows that go through the networks at a time; by default as many as are
+                fast.
+        """
+
+        def log_prob(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+            return tf.stack(tf.unstack(self.member_densities(x, False).log_prob(y)), axis=-1)
+
+        arrays = [self._as_rows(x), np.asarray(y, tf_keras.backend.floatx())]
+        answers = self._over_rows("member_log_prob", log_prob, arrays, batch_size)
+        return np.concatenate([part.numpy() for _, part in answers])
+
     @property
     def _largest_batch(self) -> int:
         return largest_batch(self.members * self.head.params_size)
@@ -330,19 +434,18 @@ class Ensemble(MDN):
         jit_compile: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        """Configure training as `MDN.compile` does.
+        """Configure training as `MDN.compile` does; the jitter of each member is its own.
 
         Raises:
-            ConfigError: the optimizer clips norms, which are of all members together; or there
-                are several replicas.
+            ConfigError: the optimizer clips the norm of each variable, which is that of all
+                members together; or there are several replicas.
         """
         optimizer = tf_keras.optimizers.get(optimizer)
-        for name in ("global_clipnorm", "clipnorm"):
-            if getattr(optimizer, name, None) is not None:
-                raise ConfigError(
-                    f"optimizer.{name}={getattr(optimizer, name)}: would clip the members of the "
-                    f"ensemble by their common norm; set {name} to null"
-                )
+        if getattr(optimizer, "clipnorm", None) is not None:
+            raise ConfigError(
+                f"optimizer.clipnorm={optimizer.clipnorm}: would clip the members of the ensemble "
+                "by their common norm; use global_clipnorm, which clips each by its own"
+            )
         if self.distribute_strategy.num_replicas_in_sync > 1:
             raise ConfigError("an ensemble trains on one device: use strategy=cpu or strategy=gpu")
         super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)
@@ -423,25 +526,26 @@ class Ensemble(MDN):
     ) -> tuple[tf.Tensor, Queries]:
         hidden, batch = self._members_hidden(x, training)
         density = self._densities(hidden, batch)  # which XLA leaves out where nothing asks for it
-        own = self._is_stacked(x)
+        own, y = self._is_stacked(x), self._jittered(y, training)
         if not own:  # the same rows for all
             y = y[tf.newaxis]
             sample_weight = None if sample_weight is None else sample_weight[tf.newaxis]
         filled, counted = self._fill(x, y)  # [M, B] or [M, B, T]; M = 1 where all have the same
         complete = self._loop.complete.get("train" if training else "test", False)
-        if own and complete and self._score is losses.nll:
+        loss, nll = self._scores(training)
+        if own and complete and loss is losses.nll:
             score = -self._log_prob(hidden, filled)
         else:
-            score = self._score(filled, density)
+            score = loss(filled, density)
         means, count = self._means(score, counted, sample_weight)  # [M]
-        nll = self._nll(filled, density)
-        nlls = means if nll is None else self._means(nll, counted, sample_weight)[0]
-        for m, name in enumerate(self._member_names()):
-            getattr(self._trackers, name).update_state(nlls[m], sample_weight=count[m])
+        nlls = means
+        if nll is not None:
+            nlls, _ = self._means(nll(filled, density), counted, sample_weight)
+        self._trackers.members.update_state(nlls, sample_weight=count)
         if not own:
             weight = None if sample_weight is None else sample_weight[0]
             density = mixture_of(density)
-            return self.compute_loss(x, y[0], density, weight), density
+            return self.compute_loss(x, y[0], density, weight, training), density
         self._trackers.nll.update_state(nlls, sample_weight=count)
         self._trackers.loss.update_state(means, sample_weight=count)
         # The sum: the gradient by a member's weights is then that of its own loss.
@@ -475,21 +579,20 @@ class Ensemble(MDN):
     # ------------------------------------------------------------------ saving
 
     def get_config(self) -> dict[str, Any]:
-        model = self._template.model
         serialize = tf_keras.saving.serialize_keras_object
-        parts = {"head": model.head, "backbone": model.backbone, "encoder": self.encoder}
-        parts = {name: serialize(part) for name, part in parts.items()}
+        parts = {name: serialize(getattr(self, name)) for name in PARTS}
         own = {"name": self.name, "members": self.members, "missing": self.missing}
-        return {**own, **parts}
+        return {**own, **self.names_config(), **parts}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Ensemble:
         parts = {
-            name: tf_keras.saving.deserialize_keras_object(config[name], custom_objects)
-            for name in ("head", "backbone", "encoder")
+            name: tf_keras.saving.deserialize_keras_object(config.get(name), custom_objects)
+            for name in PARTS
         }
         model = cls(MDN(**parts), members=config["members"], name=config["name"])
         model.missing = config["missing"]
+        model.restore_names(config)
         return model
 
 
@@ -498,7 +601,7 @@ def _copy(model: MDN) -> MDN:
     head, backbone = (
         type(part).from_config(part.get_config()) for part in (model.head, model.backbone)
     )
-    return MDN(head, backbone, model.encoder)
+    return MDN(head, backbone, model.encoder, model.embedding)
 
 
 def _weights(model: MDN) -> list[tf.Variable]:

@@ -26,12 +26,14 @@ from mdn.data.rows import Data
 from mdn.density import GaussianMixture, MultivariateNormalTriL
 from mdn.errors import DataError, RunError
 from mdn.evaluation import Gaussian, mean_and_error
+from mdn.export import directory_size
 from mdn.export.distribution import export_distribution
+from mdn.figures import write_figures
 from mdn.fit_plots import fit_figure
 from mdn.fitting.distribution import Fit
 from mdn.fitting.exact import CLOSED_FORMS
 from mdn.fitting.likelihood import row_log_prob
-from mdn.plots import history_figure, write_figures
+from mdn.plots import history_figure
 from mdn.runs import RunDirectory, provenance
 from mdn.training import seed_everything
 
@@ -84,8 +86,13 @@ def _write(
 ) -> None:
     """Write everything; `metrics.json` comes last and marks the run as finished."""
     export_distribution(
-        fit.distribution, directory / "saved_model", overwrite=True, targets=data.targets
+        fit.distribution,
+        directory / "saved_model",
+        overwrite=True,
+        targets=data.targets,
+        config=config,
     )
+    metrics["export/bytes"] = directory_size(directory / "saved_model")
     figures = {"density": fit_figure(fit.distribution, data.train.y, data.targets)}
     canvas = FigureCanvasAgg(figures["density"])
     canvas.draw()

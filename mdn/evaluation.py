@@ -1,166 +1,35 @@
-"""Evaluation: how good a fitted density is on rows it has not seen, and on a line by itself.
+"""Evaluation: how good a fitted density is on rows it has not seen.
 
 Everything after the network is float64 NumPy; nothing here imports TensorFlow.
 
-Shape letters: N rows, T time, D event size, K components, P patterns of missing entries.
+Shape letters: N rows, T time, D event size.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from scipy import linalg, special
+from scipy import linalg
 
-from mdn.data.rows import Data, Rows
+from mdn.calibration.judging import assemble
+from mdn.calibration.scores import score
+from mdn.calibration.summary import Report
+from mdn.data.resolution import grid_steps, spread_over_cells
+from mdn.data.rows import Data, Rows, find_counted
 from mdn.errors import RunError
 from mdn.fitting.em import fit_mixture, group_by_pattern
+from mdn.margins import join_rows, take_rows
 
 if TYPE_CHECKING:
-    from mdn.density.queries import Queries
     from mdn.ensembles import Ensemble
     from mdn.model import MDN
 
 _EM_TOLERANCE = 1e-14
-
-
-# ---------------------------------------------------------------------- margins
-
-
-@dataclasses.dataclass(frozen=True)
-class Units:
-    """The way between targets and transformed targets, in NumPy.
-
-    Attributes:
-        bijector: from transformed targets [.., size] to targets, elementwise.
-        size: the number of targets of the bijector.
-        dtype: that the bijector computes in.
-        targets: those that are meant here, D of them.
-    """
-
-    bijector: Any
-    size: int
-    dtype: Any
-    targets: tuple[int, ...]
-
-    def forward(self, u: np.ndarray) -> np.ndarray:
-        """Return the targets [.., D] of transformed ones."""
-        return self._apply(self.bijector.forward, u, np.zeros(self.size))
-
-    def inverse(self, y: np.ndarray) -> np.ndarray:
-        """Return transformed targets [.., D]; infinite outside of the domain, NaN where y is."""
-        inner = self._inner()
-        with np.errstate(all="ignore"):
-            u = self._apply(self.bijector.inverse, y, inner)
-        beyond = np.where(y < inner[list(self.targets)], -np.inf, np.inf)
-        return np.where(np.isnan(u) & ~np.isnan(y), beyond, u)
-
-    def slope(self, y: np.ndarray) -> np.ndarray:
-        """Return du/dy, [.., D]; zero outside of the domain."""
-
-        def log_slope(y: np.ndarray) -> Any:
-            return self.bijector.inverse_log_det_jacobian(y, event_ndims=0) + np.zeros_like(y)
-
-        slope = np.exp(self._apply(log_slope, y, self._inner()))
-        return np.where(np.isfinite(self.inverse(y)), np.nan_to_num(slope, nan=0.0), 0.0)
-
-    def take(self, targets: Sequence[int]) -> Units:
-        """Return the same for some of the D targets."""
-        return dataclasses.replace(self, targets=tuple(self.targets[i] for i in targets))
-
-    def _inner(self) -> np.ndarray:
-        """Return values inside of the domain, [size]."""
-        return np.asarray(self._apply(self.bijector.forward, np.zeros(0), np.zeros(self.size), ()))
-
-    def _apply(
-        self,
-        function: Callable[[np.ndarray], Any],
-        values: np.ndarray,
-        others: np.ndarray,
-        targets: tuple[int, ...] | None = None,
-    ) -> np.ndarray:
-        targets = self.targets if targets is None else targets
-        full = np.broadcast_to(others, [*values.shape[:-1], self.size]).copy()
-        full[..., list(targets)] = values
-        found = np.asarray(function(full.astype(self.dtype)), np.float64)
-        found = np.broadcast_to(found, full.shape)
-        return found[..., list(targets)] if targets else found
-
-
-@dataclasses.dataclass(frozen=True)
-class Margins:
-    """The one-dimensional margins of a density: for each target a mixture of K normals.
-
-    Attributes:
-        weight: [.., K], sums to one.
-        loc: [.., K, D].
-        scale: [.., K, D], standard deviations.
-        units: of transformed targets, which weight, loc and scale then describe.
-    """
-
-    weight: np.ndarray
-    loc: np.ndarray
-    scale: np.ndarray
-    units: Units | None = None
-
-    @classmethod
-    def of(cls, density: Queries) -> Margins:
-        """Return the margins of a density."""
-        logits, loc, scale_tril, units = as_mixture(density)
-        scale = np.linalg.norm(scale_tril, axis=-1)
-        return cls(special.softmax(logits, axis=-1), loc, scale, units)
-
-    def first(self) -> Margins:
-        """Return the margin of the first target."""
-        units = None if self.units is None else self.units.take([0])
-        return Margins(self.weight, self.loc[..., :1], self.scale[..., :1], units)
-
-    def mean(self) -> np.ndarray:
-        """Return the mean, [.., D]; of transformed targets by Gauss-Hermite quadrature."""
-        if self.units is None:
-            return self._mix(self.loc)
-        nodes, weights = np.polynomial.hermite_e.hermegauss(64)
-        total = np.zeros(self.loc.shape)
-        for node, weight in zip(nodes, weights / weights.sum(), strict=True):
-            total += weight * self.units.forward(self.loc + node * self.scale)
-        return self._mix(total)
-
-    def cdf(self, y: np.ndarray) -> np.ndarray:
-        """Return P(Y_d <= y_d) for each d, [.., D], of y [.., D]; NaN where y is."""
-        u = y if self.units is None else self.units.inverse(y)
-        return self._mix(special.ndtr((u[..., np.newaxis, :] - self.loc) / self.scale))
-
-    def quantile(self, probability: float) -> np.ndarray:
-        """Return the y with cdf(y) = probability, [.., D]."""
-        from mdn.density import univariate  # which imports TensorFlow
-
-        with np.errstate(divide="ignore"):
-            log_weight = np.log(self.weight)[..., np.newaxis, :]  # of no weight: -inf
-        parts = log_weight, np.swapaxes(self.loc, -1, -2), np.swapaxes(self.scale, -1, -2)
-        u = univariate.quantile(univariate.Margins(*parts), probability).numpy()
-        return u if self.units is None else self.units.forward(u)
-
-    def _mix(self, values: np.ndarray) -> np.ndarray:
-        return np.einsum("...k,...kd->...d", self.weight, values)
-
-
-def as_mixture(density: Queries) -> tuple[np.ndarray, np.ndarray, np.ndarray, Units | None]:
-    """Return logits, loc and scale_tril in float64, and the units where targets are transformed.
-
-    The parameters then describe the transformed targets.
-    """
-    from mdn.density.transformed import split_transform  # which imports TensorFlow
-
-    base, bijector = split_transform(density)
-    logits, loc, scale_tril = (np.asarray(p, np.float64) for p in base.mixture_parameters())
-    size, dtype = loc.shape[-1], base.dtype.as_numpy_dtype
-    units = None if bijector is None else Units(bijector, size, dtype, tuple(range(size)))
-    return logits, loc, scale_tril, units
 
 
 # ---------------------------------------------------------------------- baseline
@@ -210,12 +79,11 @@ class Evaluation:
 
     Attributes:
         metrics: flat keys for metrics.json.
-        pit: [n, D], each observed test entry through the cdf of its margin, else NaN: uniform on
-            [0, 1] where the density is calibrated.
+        calibration: of the same rows.
     """
 
     metrics: dict[str, float]
-    pit: np.ndarray
+    calibration: Report
 
 
 def evaluate(model: MDN, data: Data, batch_size: int = 4096) -> Evaluation:
@@ -236,8 +104,7 @@ def evaluate(model: MDN, data: Data, batch_size: int = 4096) -> Evaluation:
             test/n: number of rows.
             test/nll_complete, test/n_complete: of the rows that miss no target, if others do.
             test/rmse/<target>, and test/rmse of a single target: of the mean, in its units.
-            test/coverage50, test/coverage90: share of the observed entries inside the central
-                50 and 90 % intervals of their margins.
+            test/coverage50 and others: see `mdn.calibration.Report.metrics`.
             test/regret, test/regret_se: paired mean of log p_true - log q, nats per row.
             baseline/nll, baseline/nll_complete: of one Gaussian fitted to the train targets.
             data/entropy: of the truth, nats per row.
@@ -246,23 +113,34 @@ def evaluate(model: MDN, data: Data, batch_size: int = 4096) -> Evaluation:
         RunError: the density of a test row is not finite.
     """
     test, train = data.test, data.train
-    log_prob = np.empty(test.y.shape[:-1])  # [N] or [N, T]
-    pit, error = np.empty(test.y.shape), np.empty(test.y.shape)
-    for rows, density in model.densities(test.x, batch_size):
-        margins = Margins.of(density)
-        log_prob[rows] = density.log_prob(test.y[rows].astype(np.float32))
-        pit[rows] = margins.cdf(test.y[rows])
-        error[rows] = test.y[rows] - margins.mean()
-    counted = find_counted(test)
-    if not np.isfinite(log_prob[counted]).all():
-        row = int(np.argwhere(counted & ~np.isfinite(log_prob))[0][0])
-        raise RunError(
-            f"the density of test row {row} is not finite: look at its features and targets, or "
-            "train with a lower optimizer.learning_rate"
-        )
+    counted = find_counted(test)  # [N] or [N, T]
     y, weight = _observed(test)  # [n, D], [n]
-    log_prob, pit, error = log_prob[counted], pit[counted], error[counted]
-    baseline = Gaussian.fit(*_observed(train)).log_prob(y)  # [n]
+    known, train_weight = _observed(train)
+    step = grid_steps(known)
+    log_prob = np.empty(test.y.shape[:-1])
+    parts = []
+    for rows, density in model.densities(test.x, batch_size):
+        log_prob[rows] = density.log_prob(test.y[rows].astype(np.float32))
+        here = counted[rows]
+        if not np.isfinite(log_prob[rows][here]).all():
+            row = rows.start + int(np.argwhere(here & ~np.isfinite(log_prob[rows]))[0][0])
+            raise RunError(
+                f"the density of test row {row} is not finite: look at its features and targets, "
+                "or train with a lower optimizer.learning_rate"
+            )
+        parts.append(take_rows(density, here.shape, here))
+    scores = score(join_rows(parts), spread_over_cells(y, step))
+    report = assemble(
+        scores,
+        test,
+        data.targets,
+        data.features,
+        step=step,
+        reference=known,
+        reference_weight=train_weight,
+    )
+    log_prob, error = log_prob[counted], y - scores.mean
+    baseline = Gaussian.fit(known, train_weight).log_prob(y)  # [n]
 
     metrics = {"test/n": float(len(y))}
     metrics["test/nll"], metrics["test/nll_se"] = mean_and_error(-log_prob, weight)
@@ -277,16 +155,14 @@ def evaluate(model: MDN, data: Data, batch_size: int = 4096) -> Evaluation:
             metrics[f"test/rmse/{name}"] = math.sqrt(mean_and_error(column**2, weight)[0])
     if len(data.targets) == 1:
         metrics["test/rmse"] = metrics[f"test/rmse/{data.targets[0]}"]
-    for percent in (50, 90):
-        inside = np.where(np.isnan(pit), np.nan, np.abs(pit - 0.5) <= percent / 200)
-        metrics[f"test/coverage{percent}"], _ = mean_and_error(inside, weight)
+    metrics |= report.metrics()
     if data.truth is not None:
         truth = data.truth.log_prob(test.y, np.asarray(test.x))[counted]
         metrics["test/regret"], metrics["test/regret_se"] = mean_and_error(
             truth - log_prob, weight
         )
         metrics["data/entropy"] = float(data.truth.entropy())
-    return Evaluation(metrics, pit)
+    return Evaluation(metrics, report)
 
 
 def evaluate_members(model: Ensemble, data: Data, batch_size: int = 4096) -> dict[str, float]:
@@ -319,16 +195,6 @@ def evaluate_members(model: Ensemble, data: Data, batch_size: int = 4096) -> dic
     return metrics
 
 
-def find_counted(rows: Rows) -> np.ndarray:
-    """Return which rows, [N], or which steps, [N, T], have a weight and an observed target."""
-    counted = ~np.isnan(rows.y).all(axis=-1)
-    if rows.y.ndim == 3:
-        counted &= ~np.isnan(np.asarray(rows.x)).all(axis=-1)  # a step without features is padding
-    if rows.weight is not None:
-        counted &= rows.weight.reshape(-1, *[1] * (counted.ndim - 1)) > 0
-    return counted
-
-
 def _observed(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Return the targets [n, D] and the weights [n] of the rows or steps that count."""
     counted = find_counted(rows)
@@ -344,6 +210,13 @@ def mean_and_error(values: np.ndarray, weight: np.ndarray) -> tuple[float, float
     mean = np.average(values, weights=weight)
     error = np.sqrt(np.sum((weight * (values - mean)) ** 2)) / weight.sum()
     return float(mean), float(error)
+
+
+def mean_gain(gain: np.ndarray, rows: Rows) -> dict[str, float]:
+    """Return the mean over the rows that count of [N] or [N, T] gains in nats, as `test_gain`."""
+    _, weight = _observed(rows)
+    mean, error = mean_and_error(gain[find_counted(rows)], weight)
+    return {"test_gain": mean, "test_gain_se": error}
 
 
 # ---------------------------------------------------------------------- table
@@ -377,4 +250,7 @@ def print_table(metrics: dict[str, float], console: Console | None = None) -> No
             add(f"{part} sd of {target}", key, ".4g")
     add("coverage of the 50 % interval", "test/coverage50", ".3f")
     add("coverage of the 90 % interval", "test/coverage90", ".3f")
+    add("coverage of the 90 % region", "test/region_coverage90", ".3f")
+    add("CRPS skill over the marginal of y", "test/crps_skill", ".3f")
+    add("gain by recalibration, nats per row", "recalibration/test_gain")
     console.print(table, width=min(80, console.width))

@@ -16,11 +16,10 @@ from tensorflow_probability import distributions as tfd
 
 from mdn.data.splits import thin
 from mdn.density.queries import Queries
-from mdn.evaluation import Margins
+from mdn.figures import BLUE, GREY, ORANGE, style_axes
 from mdn.fitting.likelihood import row_log_prob
-from mdn.plots import style_axes
+from mdn.margins import Margins
 
-_INK, _GREY, _BLUE, _ORANGE = "#262626", "#8c8c8c", "#31688e", "#e07b39"
 _GRID = 400
 _CELLS = 120  # of a pair, across and up
 _MOST_PAIRED = 4  # targets in the figure
@@ -76,7 +75,7 @@ def _draw_margin(
         bins = np.arange(np.floor(low) - 0.5, np.ceil(high) + 1.0)
     else:
         bins = np.linspace(low, high, int(np.clip(np.sqrt(len(values)), 10, 60)) + 1)
-    axes.hist(values, bins.tolist(), density=True, color=_BLUE, alpha=0.25, label="rows")
+    axes.hist(values, bins.tolist(), density=True, color=BLUE, alpha=0.25, label="rows")
     density = _margin_density(distribution, target, y.shape[1], (low, high))
     if density is None:  # only draws tell what this margin looks like
         axes.hist(
@@ -84,11 +83,11 @@ def _draw_margin(
             bins.tolist(),
             density=True,
             histtype="step",
-            color=_BLUE,
+            color=BLUE,
             label="fit",
         )
     else:
-        axes.plot(*density, color=_BLUE, linewidth=2, label="fit")
+        axes.plot(*density, color=BLUE, linewidth=2, label="fit")
     axes.set_xlim(low, high)
     axes.set_yticks([])
     if target == 0:
@@ -124,7 +123,7 @@ def _draw_pair(
     limits = [_limits(np.concatenate([a, b])) for a, b in zip(shown.T, drawn.T, strict=True)]
     shown = shown[thin(len(shown), _MOST_ROWS)]
     size, alpha = (3, 0.4) if len(shown) > _FEW_ROWS else (10, 0.8)  # a few must not be overlooked
-    axes.plot(*shown.T, ".", color=_GREY, markersize=size, alpha=alpha, markeredgewidth=0)
+    axes.plot(*shown.T, ".", color=GREY, markersize=size, alpha=alpha, markeredgewidth=0)
     edges = [np.linspace(*limit, _CELLS + 1) for limit in limits]
     centres = [0.5 * (e[1:] + e[:-1]) for e in edges]
     if isinstance(distribution, Queries):
@@ -137,7 +136,7 @@ def _draw_pair(
     order = np.sort(mass, axis=None)[::-1]
     inside = np.cumsum(order) / order.sum()
     levels = [order[np.searchsorted(inside, share)] for share in _SHARES]
-    axes.contour(*centres, mass.T, levels, colors=[_BLUE, _ORANGE])
+    axes.contour(*centres, mass.T, levels, colors=[BLUE, ORANGE])
     axes.set_xlim(*limits[0])
     axes.set_ylim(*limits[1])
 

@@ -13,8 +13,9 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from mdn.density import MultivariateNormalDiag
-from mdn.density.interval import log_cell
+from mdn.density import MultivariateNormalDiag, Transformed
+from mdn.density.cells import log_cell, log_cell_density
+from mdn.density.scores import component_energy_score
 from mdn.density.univariate import Margins
 from mdn.density.univariate import crps as margin_crps
 from mdn.errors import ConfigError, DataError
@@ -49,13 +50,15 @@ def nll(y: tf.Tensor, density: Any) -> tf.Tensor:
 def crps(y: tf.Tensor, density: Any) -> tf.Tensor:
     """Return the continuous ranked probability score, in closed form.
 
+    Of transformed targets it is in the units of y, and an integral by quadrature.
+
     Of several targets it is the mean over those that are there of the scores of their margins: a
     proper score, but strictly so of the margins alone, as it does not see how targets depend on
     each other. `energy` does.
 
     Args:
         y: [.., D], in the units of the targets; NaN marks a missing entry.
-        density: a Gaussian mixture or a normal, batch [..], event [D].
+        density: batch [..], event [D].
 
     Returns:
         [..], in the units of y: targets should be of like units. Zero where all are missing.
@@ -67,12 +70,9 @@ def crps(y: tf.Tensor, density: Any) -> tf.Tensor:
     """
     y = _targets(y, density)
     missing = tf.math.is_nan(y)
-    margins = Margins.of(density.mixture_parameters())
-    score = margin_crps(margins, tf.where(missing, tf.zeros_like(y), y))
-    present = tf.cast(~missing, score.dtype)
-    return tf.math.divide_no_nan(
-        tf.reduce_sum(present * score, axis=-1), tf.reduce_sum(present, axis=-1)
-    )
+    score = tf.where(missing, tf.zeros_like(y), density.crps(y))
+    present = tf.reduce_sum(tf.cast(~missing, score.dtype), axis=-1)
+    return tf.math.divide_no_nan(tf.reduce_sum(score, axis=-1), present)
 
 
 @register
@@ -88,8 +88,11 @@ class Energy:
     The directions are a function of the seed, of y and of the means: fresh ones at every step of
     training, and the same again for the same batch and weights. A missing entry is marginalised.
 
+    Of several transformed targets the projections have no such form: S draws from each component
+    take their place, in the units of y, also without bias and with all gradients.
+
     Args:
-        directions: S.
+        directions: S; of transformed targets at least two are taken.
         seed: of the directions.
 
     Raises:
@@ -110,11 +113,18 @@ class Energy:
 
         Args:
             y: [.., D], NaN marks a missing entry.
-            density: a Gaussian mixture or a normal, batch [..], event [D].
+            density: batch [..], event [D].
         """
         y = _targets(y, density)
+        d = y.shape[-1]
+        if isinstance(density, Transformed):
+            if d == 1:
+                return crps(y, density)
+            parameters = density.distribution.mixture_parameters()
+            seed = _fingerprint(y, parameters.loc) + tf.constant([self.seed, 0])
+            draws = max(self.directions, 2)
+            return component_energy_score(parameters, density.bijector.forward, y, draws, seed)
         logits, loc, scale_tril = density.mixture_parameters()
-        d = loc.shape[-1]
         missing = tf.math.is_nan(y)[..., tf.newaxis, :]  # [.., 1, D]
         count = 1 if d == 1 else self.directions
         if d == 1:
@@ -228,7 +238,9 @@ class IntervalNLL:
     y - step / 2 to y + step / 2 is what a density can be asked for. It is the log score of the
     discrete distribution of the cells, which is strictly proper, and stays finite where a density
     is narrower than a cell. Of several targets the cells are boxes, whose probability has a closed
-    form under diagonal covariances.
+    form under diagonal covariances; of two targets with full covariances it is a quadrature, to
+    1e-9 nats in float64 and to rounding in float32. A cell of transformed targets ends where their
+    domain does.
 
     Args:
         step: of the grid, for all targets or one for each, in their units.
@@ -250,7 +262,7 @@ class IntervalNLL:
 
         Args:
             y: [.., D], NaN marks a missing entry.
-            density: batch [..], event [D], with one target or diagonal covariances.
+            density: batch [..], event [D], of more than two targets with diagonal covariances.
         """
         y = _targets(y, density)
         return -log_cell(density, y, tf.constant(self.step, y.dtype))
@@ -260,6 +272,41 @@ class IntervalNLL:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> IntervalNLL:
+        return cls(**config)
+
+
+@register
+class CellNLL:
+    """-ln of the mean density over the cell around y, where y was rounded to a grid.
+
+    That is the interval NLL plus the log of the volume of a cell: in nats of the units of y, so
+    that it compares with the NLL of targets that are on no grid, which it is for these.
+
+    Args:
+        step: of the grid, in the units of y: [D], zero where a target is on none; or what
+            broadcasts to the shape of y.
+        points: of each box, where only a mean over points of it is known (see
+            `mdn.density.cells.log_cell_density`).
+    """
+
+    def __init__(self, step: Any, points: int = 16) -> None:
+        self.step, self.points = np.asarray(step, np.float64).tolist(), int(points)
+
+    def __call__(self, y: tf.Tensor, density: Any) -> tf.Tensor:
+        """Return [..], nats per example.
+
+        Args:
+            y: [.., D], NaN marks a missing entry.
+            density: batch [..], event [D].
+        """
+        y = _targets(y, density)
+        return -log_cell_density(density, y, tf.constant(self.step, y.dtype), self.points)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"step": self.step, "points": self.points}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> CellNLL:
         return cls(**config)
 
 
@@ -288,13 +335,14 @@ LOSSES: dict[str, Callable[..., Loss]] = {
 }
 
 
-def get(loss: Any, grid: Sequence[float] | None = None) -> Loss:
+def get(loss: Any, grid: Sequence[float] | None = None, targets: Sequence[str] = ()) -> Loss:
     """Return the loss of a specification.
 
     Args:
         loss: a name, {"name": .., option: value, ..}, or a loss, which is returned as it is.
         grid: [D], the steps of the targets, for "interval_nll" without a step; zero where a
             target is on no grid.
+        targets: names of the D targets, for the message.
 
     Raises:
         ConfigError: the name or an option is unknown, or a step is.
@@ -310,8 +358,9 @@ def get(loss: Any, grid: Sequence[float] | None = None) -> Loss:
             remedy = "give loss={name: interval_nll, step: 1.0}, or a list of steps"
             if grid is None:
                 raise ConfigError(f"loss=interval_nll: adapt the model first, or {remedy}")
-            free = [i for i, step in enumerate(grid) if not step > 0.0]
-            raise ConfigError(f"loss=interval_nll: target {free[0]} is on no grid; {remedy}")
+            free = next(i for i, step in enumerate(grid) if not step > 0.0)
+            name = repr(targets[free]) if targets else free
+            raise ConfigError(f"loss=interval_nll: target {name} is on no grid; {remedy}")
         options["step"] = grid
     try:
         return LOSSES[name](**options)

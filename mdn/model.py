@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import types
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,24 @@ import tensorflow as tf
 import tf_keras
 
 from mdn import backbones, losses
+from mdn import jitter as jitters
 from mdn.base import TrainedModel
 from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Features, Rows
+from mdn.data.splits import thin
 from mdn.density.queries import Queries
+from mdn.density.recalibration import Recalibration
 from mdn.density.transformed import rebuilder
 from mdn.errors import ConfigError, DataError, RunError
 from mdn.features import Columns, Standardize, as_tensors
 from mdn.heads import Diag, Head, MixtureDiag
 from mdn.inference import RowProgram, largest_batch
+from mdn.recalibration import RecalibrationFit, recalibrate
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
+
+PARTS = ("head", "backbone", "encoder", "embedding")
+MOST_ROWS = 200_000  # that an embedding is fitted to
 
 
 @register
@@ -40,6 +47,7 @@ class MDN(TrainedModel):
         backbone: a Keras model or layer [.., F] -> [.., H]; default `mdn.backbones.MLP()`.
         encoder: raw features to [.., F]; by default `adapt` takes `mdn.features.Standardize` for
             a matrix and `mdn.features.Columns` for a mapping of columns.
+        embedding: of encoded features, such as `mdn.embeddings.PiecewiseLinear()`; or None.
         **kwargs: as for any Keras model.
 
     Called on x ([B, F], [B, T, F], or a mapping of columns [B]) it returns a density with batch
@@ -53,6 +61,7 @@ class MDN(TrainedModel):
         head: Head,
         backbone: tf_keras.layers.Layer | None = None,
         encoder: Standardize | Columns | None = None,
+        embedding: tf_keras.layers.Layer | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -63,9 +72,11 @@ class MDN(TrainedModel):
         self.head = head
         self.backbone = backbones.MLP() if backbone is None else backbone
         self.encoder: Any = encoder
+        self.embedding: Any = embedding
         self.missing = "error"
         self._feature_rank: int | None = None  # 2 or 3, known from `adapt` on
         self._score: losses.Loss = losses.nll
+        self._jitter: jitters.Jitter | None = None
         # In a namespace, as Keras looks into what attributes hold.
         self._programs = types.SimpleNamespace()
         self._rebuild: Any = None
@@ -93,6 +104,8 @@ class MDN(TrainedModel):
         self.missing = missing
         check_rows(x, y, missing)
         self.encoder.adapt(x)
+        if self.embedding is not None:
+            self.embedding.adapt(self._encoded(x))
         self.head.adapt(self.known_targets(x, y), seed=seed)
         self._build_network(2 if isinstance(x, dict) else x.ndim)
 
@@ -136,12 +149,32 @@ class MDN(TrainedModel):
         return self.head(self._hidden(inputs, training))
 
     def _hidden(self, inputs: Any, training: bool | None) -> tf.Tensor:
-        return self.backbone(self.encoder(inputs), training=training)  # [.., F] to [.., H]
+        return self.backbone(self.features(inputs), training=training)  # [.., F'] to [.., H]
+
+    def features(self, inputs: Any) -> tf.Tensor:
+        """Return what the backbone takes, [.., F'], of raw features or their codes."""
+        features = self.encoder(inputs)
+        return features if self.embedding is None else self.embedding(features)
+
+    def _encoded(self, x: Features) -> np.ndarray:
+        """Return train rows as the encoder encodes them; some of them, where there are many."""
+        n = len(next(iter(x.values())) if isinstance(x, dict) else x)
+        some = thin(n, MOST_ROWS)
+        if isinstance(x, dict):
+            return self.encoder(as_tensors({k: v[some] for k, v in x.items()})).numpy()
+        return self.encoder(tf.constant(x[some], tf_keras.backend.floatx())).numpy()
 
     @property
     def parts(self) -> list[Any]:
         """The layers and variables that the density is computed from."""
-        return [self.encoder, self.backbone, self.head]
+        embedding = [] if self.embedding is None else [self.embedding]
+        return [self.encoder, *embedding, self.backbone, self.head]
+
+    @property
+    def turned(self) -> list[tf.Variable]:
+        # `Head.log_prob` has the batch last: [P, B] times [B, H] takes XLA's CPU less than half as
+        # long as what would be [H, B] times [B, P], of which both would be transposed first.
+        return [self.head.kernel]
 
     @property
     def xla(self) -> bool:
@@ -152,6 +185,7 @@ class MDN(TrainedModel):
         optimizer: Any = "adam",
         loss: str | dict[str, Any] | losses.Loss = "nll",
         *,
+        jitter: Any = None,
         jit_compile: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -161,53 +195,78 @@ class MDN(TrainedModel):
             optimizer: a Keras optimizer or its name.
             loss: a name of `mdn.losses.LOSSES`, {"name": .., option: value, ..}, or a function
                 of (y, density) to [B].
+            jitter: True adds noise to targets on a grid, see `mdn.jitter.Jitter`; or the steps of
+                their grids, [D]. The NLL of validation rows is then that of the cells around
+                them, see `mdn.losses.CellNLL`.
             jit_compile: see `CompiledModel.compile`.
             **kwargs: as for `tf_keras.Model.compile`; metrics see the mean of the density.
 
         Raises:
-            ConfigError: the loss is unknown, or has no closed form for the head's density.
+            ConfigError: the loss is unknown, or has no meaning for the head's density; or
+                there is no jitter of transformed targets.
         """
-        self._score = losses.get(loss, self.head.grid)
+        self._jitter = jitters.get(jitter, self.head.grid)
+        if self._jitter is not None and self.head.target_transform is not None:
+            raise ConfigError(
+                f"target_transform={self.head.target_transform}: noise could leave its domain; "
+                "train without jitter"
+            )
+        self._score = losses.get(loss, self.head.grid, self.column_names.targets)
         self._check_score()
         if not isinstance(loss, str) or loss == "interval_nll":
             loss = self._score  # whose options are then saved with the model
         super().compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile, **kwargs)
 
     def _check_score(self) -> None:
-        """Raise a ConfigError where the loss has no closed form for the head's density."""
+        """Raise a ConfigError where the loss has no meaning for the head's density."""
         score, head = self._score, self.head
-        name = getattr(score, "__name__", type(score).__name__)
-        if head.target_transform is not None and (
-            score is losses.crps or isinstance(score, losses.Energy | losses.IntervalNLL)
-        ):
-            raise ConfigError(
-                f"loss={name}: has no closed form with a target_transform; use loss=nll"
-            )
         if not isinstance(score, losses.IntervalNLL):
             return
-        if head.event_size > 1 and not isinstance(head, Diag | MixtureDiag):
+        if head.event_size > 2 and not isinstance(head, Diag | MixtureDiag):
             raise ConfigError(
-                f"loss={name}: {head.event_size} targets need diagonal covariances; use "
+                f"loss=interval_nll: {head.event_size} targets need diagonal covariances; use "
                 "model=mixture_diag or model=diag"
             )
         if np.size(score.step) not in (1, head.event_size):
             raise ConfigError(
-                f"loss={name}: {np.size(score.step)} steps for {head.event_size} targets"
+                f"loss=interval_nll: {np.size(score.step)} steps for {head.event_size} targets; "
+                "give one for all, or one for each"
             )
 
     def compute_loss(
-        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
     ) -> tf.Tensor:
         """Return the mean of weight times score over the batch, plus regularisation: a scalar.
 
         Rows without any observed target, and padded steps, count nothing.
         """
         y, counted = self._fill(x, y)
-        return self._mean(self._score(y, y_pred), counted, sample_weight, self._nll(y, y_pred))
+        score, nll = self._scores(training)
+        rest = None if nll is None else nll(y, y_pred)
+        return self._mean(score(y, y_pred), counted, sample_weight, rest)
 
-    def _nll(self, y: tf.Tensor, density: Queries) -> tf.Tensor | None:
-        """Return the NLL for the metric of that name, where it is not the loss."""
-        return None if self._score is losses.nll else losses.nll(y, density)
+    def _scores(self, training: bool) -> tuple[losses.Loss, losses.Loss | None]:
+        """Return the loss; and the NLL for the metric of that name, where it is not the loss."""
+        nll: losses.Loss = losses.nll
+        if self._jitter is not None and not training:
+            nll = losses.CellNLL(self._jitter.step)
+        return (nll, None) if self._score is losses.nll else (self._score, nll)
+
+    def _jittered(self, y: tf.Tensor, training: bool) -> tf.Tensor:
+        if self._jitter is None or not training:
+            return y
+        return self._jitter(y, self.optimizer.iterations)
+
+    def get_compile_config(self) -> dict[str, Any]:
+        config = super().get_compile_config()
+        if config and self._jitter is not None:
+            config["jitter"] = tf_keras.saving.serialize_keras_object(self._jitter)
+        return config
 
     def _fill(self, x: Any, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Return y with numbers in the rows that count nothing, and which rows count."""
@@ -249,13 +308,15 @@ class MDN(TrainedModel):
     def forward(
         self, x: Any, y: Any, sample_weight: Any, training: bool
     ) -> tuple[tf.Tensor, Queries]:
-        if self._loop.complete.get("train" if training else "test") and self._score is losses.nll:
+        y = self._jittered(y, training)
+        complete = self._loop.complete.get("train" if training else "test")
+        if complete and self._scores(training)[0] is losses.nll:
             y, counted = self._fill(x, y)
             hidden = self._hidden(x, training)
             loss = self._mean(-self.head.log_prob(hidden, y), counted, sample_weight)
             return loss, self.head(hidden)  # which XLA leaves out where no metric asks for it
         density = self(x, training=training)
-        return self.compute_loss(x, y, density, sample_weight), density
+        return self.compute_loss(x, y, density, sample_weight, training), density
 
     def predict_step(self, data: Any) -> tf.Tensor:
         x, _, _ = tf_keras.utils.unpack_x_y_sample_weight(data)
@@ -332,11 +393,15 @@ class MDN(TrainedModel):
         """
         programs = vars(self._programs)
         if name not in programs:
-            compiled = self.xla if self.optimizer is None else bool(self._jit_compile)
-            # Of bfloat16 XLA leaves roundings out, and would not answer as the artefact does.
-            whole = tf.as_dtype(self.backbone.compute_dtype or self.dtype).size >= 4
-            programs[name] = RowProgram(function, compiled and whole)
+            programs[name] = self.row_program(function)
         return programs[name](arrays, self._largest_batch if batch_size is None else batch_size)
+
+    def row_program(self, function: Callable) -> RowProgram:
+        """Return a program of rows that calls this model, compiled as far as its parts can be."""
+        compiled = self.xla if self.optimizer is None else bool(self._jit_compile)
+        # Of bfloat16 XLA leaves roundings out, and would not answer as the artefact does.
+        whole = tf.as_dtype(self.backbone.compute_dtype or self.dtype).size >= 4
+        return RowProgram(function, compiled and whole)
 
     @property
     def _largest_batch(self) -> int:
@@ -429,22 +494,68 @@ class MDN(TrainedModel):
         losses = -self.log_prob(rows.x, rows.y)
         return losses.reshape([len(losses), -1]).max(axis=1)  # the worst step of each
 
+    # ------------------------------------------------------------------ recalibration
+
+    def recalibrate(
+        self, x: Features, y: np.ndarray, sample_weight: Any = None, *, seed: int = 0
+    ) -> RecalibrationFit:
+        """Move and widen the components, and sharpen their weights, by the likelihood of rows.
+
+        The few numbers of the map (`mdn.density.recalibration`) are the same for every x. From
+        then on every answer is of the recalibrated density, which is of the same type; they are
+        saved and exported with the model. A map that was there before is replaced.
+
+        Args:
+            x: features of rows that the model has not learned from, as for `fit`.
+            y: [N, D] or [N, T, D]; NaN marks a missing entry.
+            sample_weight: [N], row weights.
+            seed: of the folds, and of the points in the cells of targets on a grid.
+
+        Returns:
+            What the map is worth on rows it was not fitted to. One that gains less than two
+            standard errors is not taken, and the model is then as if never recalibrated.
+        """
+        return self._recalibrate(x, y, sample_weight, None, seed)
+
+    def _recalibrate(
+        self, x: Any, y: Any, weight: Any, rows: Sequence[np.ndarray] | None, seed: int
+    ) -> RecalibrationFit:
+        self._check_adapted()
+        self.set_recalibration(None)
+        fit = recalibrate(self, _as_features(x), y, weight, rows, seed)
+        self.set_recalibration(fit.map)
+        return fit
+
+    def set_recalibration(self, recalibration: Recalibration | None) -> None:
+        """Take a map of the density, in the units of y (transformed ones, where they are)."""
+        self.head.recalibration = recalibration
+        # Programs that were made for another density.
+        vars(self._programs).clear()
+        self._loop.functions = {}
+        self.train_function = self.test_function = self.predict_function = None
+
+    def member_answers(
+        self, x: Features, rows: Sequence[np.ndarray] | None = None
+    ) -> Iterator[tuple[Any, Queries]]:
+        """Yield the rows that a member is asked of, and its density of them: of an MDN, all."""
+        yield slice(None), self.predict_distribution(x)
+
     # ------------------------------------------------------------------ saving
 
     def get_config(self) -> dict[str, Any]:
         serialize = tf_keras.saving.serialize_keras_object
-        parts = {"head": self.head, "backbone": self.backbone, "encoder": self.encoder}
-        parts = {name: serialize(part) for name, part in parts.items()}
-        return {"name": self.name, "missing": self.missing, **parts}
+        parts = {name: serialize(getattr(self, name)) for name in PARTS}
+        return {"name": self.name, "missing": self.missing, **self.names_config(), **parts}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> MDN:
         parts = {
-            name: tf_keras.saving.deserialize_keras_object(config[name], custom_objects)
-            for name in ("head", "backbone", "encoder")
+            name: tf_keras.saving.deserialize_keras_object(config.get(name), custom_objects)
+            for name in PARTS
         }
         model = cls(name=config["name"], **parts)
         model.missing = config["missing"]
+        model.restore_names(config)
         return model
 
     def get_build_config(self) -> dict[str, Any]:

@@ -23,6 +23,8 @@ FITTED = "mdn.fit_distribution"  # the model that is no network
 GENERATIVE = "mdn.vae.VAE"  # the model that reads no x, and has no exact nll
 STACKED = tuple(f"mdn.backbones.{name}" for name in ("MLP", "ResNet", "Constant"))
 STREAMED = "mdn.data.records.TFRecord"  # rows that are never in memory
+SEVERAL_WORKERS = "mdn.strategy.multi_worker"
+AUTO = "auto"  # in place of a number of components: see mdn.selection
 TRANSFORMS = ("log", "logit", "box_cox")
 ONE_DEVICE = tuple(f"mdn.strategy.{name}" for name in ("auto", "cpu", "gpu"))
 Names = str | list[str]  # one name stands for a list of one
@@ -44,12 +46,15 @@ class HeadOptions(Target):
     event_size: PositiveInt | None
     positivity: Literal["softplus", "exp", "elu"]
     min_scale: PositiveFloat
+    grid_floor: bool
     kernel_scale: NonNegativeFloat
     target_transform: Any
 
 
 class MixtureOptions(HeadOptions):
-    components: PositiveInt
+    components: PositiveInt | Literal["auto"]
+    background: Share | Literal["auto", "learned"]
+    start: Literal["clusters", "centre"]
 
 
 class LowRankOptions(MixtureOptions):
@@ -86,6 +91,10 @@ class DistributionOptions(Target):
     dtype: Literal["float32", "float64"] | None
     compiled: bool
     seed: NonNegativeInt
+
+
+class PiecewiseLinearOptions(Target):
+    bins: Annotated[int, Field(ge=2)]
 
 
 class MLPOptions(Target):
@@ -196,6 +205,7 @@ class OptimizerOptions(Target):
 
 class AdamWOptions(OptimizerOptions):
     weight_decay: NonNegativeFloat
+    decay: Literal["all", "kernels"]
 
 
 class SGDOptions(OptimizerOptions):
@@ -287,6 +297,7 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.heads.MixtureLowRank": LowRankOptions,
     FITTED: DistributionOptions,
     GENERATIVE: VAEOptions,
+    "mdn.embeddings.PiecewiseLinear": PiecewiseLinearOptions,
     "mdn.backbones.MLP": MLPOptions,
     "mdn.backbones.ResNet": ResNetOptions,
     "mdn.backbones.Constant": Target,
@@ -302,7 +313,7 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.data.flights.Flights": FlightsOptions,
     "mdn.data.digits.Digits": DigitsOptions,
     "tf_keras.optimizers.Adam": OptimizerOptions,
-    "tf_keras.optimizers.AdamW": AdamWOptions,
+    "mdn.optimizers.AdamW": AdamWOptions,
     "tf_keras.optimizers.SGD": SGDOptions,
     "mdn.callbacks.stopping.EarlyStopping": EarlyStoppingOptions,
     "mdn.callbacks.stopping.ReduceLROnPlateau": PlateauOptions,
@@ -320,9 +331,12 @@ OPTIONS: dict[str, type[Target]] = {
 
 class TrainerOptions(Section):
     epochs: PositiveInt
-    batch_size: PositiveInt
+    steps: PositiveInt | Literal["auto"] | None
+    batch_size: PositiveInt | Literal["auto"]
     schedule: Literal["constant", "cosine", "plateau"]
-    warmup: Share
+    warmup: NonNegativeFloat
+    ema: Share | None
+    jitter: bool
     compiled: bool
     steps_per_execution: PositiveInt | None
     deterministic: bool
@@ -333,12 +347,15 @@ class TrainerOptions(Section):
 class TopOptions(Section):
     loss: Any
     ensemble: PositiveInt = 1
+    recipe: Literal["auto"] | None
+    folds: Annotated[int, Field(ge=2)] | None
+    recalibrate: bool | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     output_dir: str | None
     overwrite: bool
     init_from: str | None
     trainer: TrainerOptions
-    k: PositiveInt | None = None
+    k: PositiveInt | Literal["auto"] | None = None
     rank: PositiveInt | None = None
     target_transform: Any = None
     fixed: list[str] = []

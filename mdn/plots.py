@@ -1,4 +1,4 @@
-"""Plots: a density beside the rows it must explain, its training, its calibration.
+"""Plots: a density beside the rows it must explain, and its training.
 
 Every function returns a `matplotlib.figure.Figure` and leaves matplotlib's global state alone.
 
@@ -21,21 +21,20 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from mdn.calibration.plots import calibration_figure
 from mdn.data.rows import Data, Features, Rows
 from mdn.data.splits import thin
-from mdn.errors import RunError
-from mdn.evaluation import Evaluation, Margins, as_mixture, find_counted
+from mdn.evaluation import Evaluation, find_counted
+from mdn.figures import BLUE, GREY, INK, ORANGE, style_axes, write_figures
+from mdn.margins import Margins, as_mixture
 
 if TYPE_CHECKING:
     from mdn.model import MDN
 
 _COLORMAP = "viridis"
-_INK, _GREY = "#262626", "#8c8c8c"
-_BLUE, _ORANGE, _GREEN, _PURPLE, _RED = "#31688e", "#e07b39", "#35906b", "#7b5ea7", "#c44e52"
-_SERIES = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED)
 _LINELESS: dict[str, Any] = {"linestyle": "none", "color": "white"}
 _POINTS = _LINELESS | {"marker": ".", "markersize": 3, "alpha": 0.35, "markeredgewidth": 0}
-_MARKER = _LINELESS | {"marker": "o", "markersize": 5, "markeredgecolor": _INK}
+_MARKER = _LINELESS | {"marker": "o", "markersize": 5, "markeredgecolor": INK}
 _CELLS = 240  # across a picture, and up
 _MOST_ROWS = 2000
 
@@ -65,26 +64,8 @@ def save_plots(
     figures = {"density": density_figure(model, data)}
     if any(history.values()):
         figures["history"] = history_figure(history)
-    figures["calibration"] = calibration_figure(evaluation.pit, data.targets)
+    figures["calibration"] = calibration_figure(evaluation.calibration)
     return write_figures(figures, directory)
-
-
-def write_figures(figures: Mapping[str, Figure], directory: str | Path) -> list[Path]:
-    """Write each figure as <name>.png into a directory, which is made if it is not there.
-
-    Raises:
-        RunError: a file cannot be written.
-    """
-    paths = []
-    for name, figure in figures.items():
-        path = Path(directory) / f"{name}.png"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=160)
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-        paths.append(path)
-    return paths
 
 
 # ---------------------------------------------------------------------- density
@@ -188,9 +169,9 @@ def _draw_curve(figure: Figure, data: Data, rows: Rows, margins: Margins) -> Non
     share = len(inside) / max(1, np.isfinite(rows.y).sum())
     bins = np.linspace(low, high, 61)
     height = np.histogram(inside, bins, density=True)[0] * share  # the tails count, out of sight
-    axes.stairs(height, bins, fill=True, color=_BLUE, alpha=0.25, label="observed")
+    axes.stairs(height, bins, fill=True, color=BLUE, alpha=0.25, label="observed")
     density = _mean_density(one, np.linspace(low, high, _CELLS + 1))[:, 0]
-    axes.plot(_centres(low, high), density, color=_BLUE, linewidth=2, label="density")
+    axes.plot(_centres(low, high), density, color=BLUE, linewidth=2, label="density")
     axes.set_xlim(low, high)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
@@ -225,7 +206,7 @@ def _draw_planes(
             shown = np.stack([y[row], one.quantile(0.01)[:2], one.quantile(0.99)[:2]])
             style = _MARKER | {"markevery": [0]}  # the others are for the limits alone
             title = f"mean: {first} {mean[row, 0]:.3g}, {second} {mean[row, 1]:.3g}"
-            axes.set_title(title, fontsize=10, color=_INK)
+            axes.set_title(title, fontsize=10, color=INK)
         limits = [_limits(column) for column in shown.T]
         # The leading block of a triangular factor is the factor of the margin.
         image = _draw_regions(axes, one, scale_tril[row, :, :2, :2], limits)
@@ -286,7 +267,7 @@ def _draw_regions(
     return image
 
 
-# ---------------------------------------------------------------------- training, calibration
+# ---------------------------------------------------------------------- training
 
 
 def history_figure(history: Mapping[str, Sequence[float]]) -> Figure:
@@ -309,68 +290,22 @@ def history_figure(history: Mapping[str, Sequence[float]]) -> Figure:
         title: [sign * value for value in history.get(key) or []]
         for title, key in (("train", name), ("validation", f"val_{name}"))
     }
-    for (title, values), color in zip(series.items(), (_GREY, _BLUE), strict=True):
+    for (title, values), color in zip(series.items(), (GREY, BLUE), strict=True):
         if values:
             above.plot(range(1, len(values) + 1), values, color=color, linewidth=2, label=title)
     if held := series["validation"]:
         best = int(np.argmin(held))
-        above.plot(best + 1, held[best], "o", color=_BLUE, label=f"best: {held[best]:.4g}")
+        above.plot(best + 1, held[best], "o", color=BLUE, label=f"best: {held[best]:.4g}")
     above.legend(frameon=False)
     late = [v for values in series.values() if values for v in values[len(values) // 20 :]]
     above.set_ylim(*_pad(np.nanmin(late), np.nanmax(late)))  # the first steps may be far off
     if rate:
         style_axes(below, "", "learning rate")
-        below.plot(range(1, len(rate) + 1), rate, color=_ORANGE, linewidth=2)
+        below.plot(range(1, len(rate) + 1), rate, color=ORANGE, linewidth=2)
         below.set_ylim(bottom=0)
-    below.set_xlabel("epoch", color=_INK)
+    below.set_xlabel("epoch", color=INK)
     figure.align_ylabels()
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
-
-
-def calibration_figure(pit: np.ndarray, targets: Sequence[str] = ()) -> Figure:
-    """Draw the histogram of PIT values, and the coverage of central intervals of every size.
-
-    Args:
-        pit: [n] or [n, D], each entry through the cdf of its margin; NaN where it is missing.
-        targets: names of the D targets.
-    """
-    figure = Figure(figsize=(8, 4.4), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    columns = [c[~np.isnan(c)] for c in pit.reshape(len(pit), -1).T[: len(_SERIES)]]
-    names = targets or [f"target {d}" for d in range(len(columns))]
-    bins, n = 20, min(len(c) for c in columns)
-    noise = 1.96 * math.sqrt((bins - 1) / max(n, 1))  # of a bin's count over its expectation
-    alone = len(columns) == 1
-
-    style_axes(
-        left, "cdf of the density at the observed y (PIT)", "frequency, relative to uniform"
-    )
-    left.axhspan(1 - noise, 1 + noise, color=_GREY, alpha=0.3, linewidth=0)
-    left.axhline(1, color=_GREY, linewidth=1)
-    left.set_title("grey: 95 % of the bins, if calibrated", fontsize=10, color=_INK)
-    style_axes(right, "central interval of the density", "share of the observed y inside")
-    right.plot([0, 1], [0, 1], color=_GREY, linewidth=1)
-    right.set_title("grey: calibrated", fontsize=10, color=_INK)
-    top = 2.0
-    for column, name, color in zip(columns, names, _SERIES, strict=False):
-        count, edges = np.histogram(column, bins, (0, 1))
-        height = count * bins / max(len(column), 1)
-        top = max(top, 1.1 * height.max())
-        left.stairs(height, edges, baseline=None, color=color, linewidth=1.8, label=name)
-        if alone:
-            left.stairs(height, edges, color=color, alpha=0.2, fill=True)
-        nominal = np.linspace(0, 1, 101)
-        width = np.sort(2 * np.abs(column - 0.5))
-        observed = np.searchsorted(width, nominal, side="right") / max(len(column), 1)
-        marks = {"marker": "o", "markevery": [50, 90]}
-        right.plot(nominal, observed, color=color, linewidth=1.8, label=name, **marks)
-    left.set(xlim=(0, 1), ylim=(0, top), box_aspect=1)
-    right.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
-    for axis in (right.xaxis, right.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0))
-    if not alone:
-        right.legend(frameon=False, loc="upper left")
     return figure
 
 
@@ -406,8 +341,8 @@ def _add_bar(
     figure: Figure, image: AxesImage, axes: Any, label: str, extend: str = "neither"
 ) -> Colorbar:
     bar = figure.colorbar(image, ax=axes, pad=0.02, extend=extend)
-    bar.set_label(label, color=_INK)
-    bar.ax.tick_params(color=_GREY, labelcolor=_INK, labelsize=9)
+    bar.set_label(label, color=INK)
+    bar.ax.tick_params(color=GREY, labelcolor=INK, labelsize=9)
     bar.outline.set_visible(False)
     return bar
 
@@ -425,15 +360,6 @@ def _add_axes(figure: Figure, x_label: str, y_label: str) -> Axes:
     axes = figure.subplots()
     style_axes(axes, x_label, y_label)
     return axes
-
-
-def style_axes(axes: Axes, x_label: str, y_label: str) -> None:
-    """Label the axes, and give them the look that all pictures share."""
-    axes.set_xlabel(x_label, color=_INK)
-    axes.set_ylabel(y_label, color=_INK)
-    axes.tick_params(color=_GREY, labelcolor=_INK, labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GREY)
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:

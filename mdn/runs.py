@@ -12,13 +12,13 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mdn.errors import RunError
+from mdn.errors import ConfigError, RunError
 
 # What a run writes, and so all that `overwrite=true` may remove.
 CONTENTS = (
@@ -28,6 +28,7 @@ CONTENTS = (
     "model.keras",
     "plots",
     "provenance.json",
+    "recipe.json",
     "saved_model",
     "tensorboard",
     "train.log",
@@ -121,6 +122,16 @@ class RunDirectory:
             logger.removeHandler(handler)
             handler.close()
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return a JSON file of the run that is gone on with; empty where there is none."""
+        path = self / name
+        if not (self.resumed and path.is_file()):
+            return {}
+        try:
+            return dict(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read: set overwrite=true to start anew") from error
+
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
         partial = self / f".{name}.partial"
@@ -135,6 +146,42 @@ class RunDirectory:
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Lose the line: where the disk is full, what matters more will say so."""
+
+
+def check_run(run: str | os.PathLike[str], needs: Sequence[str] = ()) -> Path:
+    """Return the directory of a run.
+
+    Args:
+        run: its path.
+        needs: files that it must have.
+
+    Raises:
+        RunError: it is none.
+    """
+    path = Path(run)
+    if not path.is_dir():
+        raise RunError(f"{run} is no run directory: give one that mdn train wrote")
+    for name in (".hydra/config.yaml", *needs):
+        if not (path / name).is_file():
+            raise RunError(f"{run} is no run directory, or not a finished one: it has no {name}")
+    return path
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Check, before any work, that a Parquet file can be written at `path`.
+
+    Raises:
+        ConfigError: its name has another ending.
+        RunError: something is there, or it is no place for a file.
+    """
+    if path.suffix != ".parquet":
+        raise ConfigError(f"{path}: the answer is a Parquet file; end its name in .parquet")
+    if path.is_dir():
+        raise RunError(f"{path} is a folder: name a file")
+    if path.exists() and not overwrite:
+        raise RunError(f"{path} exists: name another file, or give --overwrite")
+    if not path.resolve().parent.is_dir():
+        raise RunError(f"{path}: there is no folder {path.parent}")
 
 
 def provenance(config: DictConfig, fingerprint: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,19 +15,25 @@ import tf_keras
 from omegaconf import DictConfig
 
 from mdn.base import TrainedModel
+from mdn.calibration import sbc
 from mdn.callbacks.panels import DensityPanels, Panels, VAEPanels
 from mdn.config import make
-from mdn.data.rows import Data
+from mdn.data.rows import ColumnNames, Data
 from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, RunError
-from mdn.evaluation import evaluate, evaluate_members
+from mdn.evaluation import evaluate, evaluate_members, mean_gain
 from mdn.export import export_saved_model, export_vae
 from mdn.features import Columns
+from mdn.figures import write_figures
 from mdn.model import MDN, load
 from mdn.plots import save_plots
+from mdn.preparation import member_folds
+from mdn.recalibration import RecalibrationFit
 from mdn.vae import VAE
 from mdn.vae_evaluation import evaluate_vae
 from mdn.vae_plots import save_vae_plots
+
+log = logging.getLogger(__name__)
 
 History = Mapping[str, Sequence[float]]
 
@@ -56,11 +63,17 @@ class Task(Protocol):
             RunError: it is not.
         """
 
+    def recalibrate(self, model: Any, config: DictConfig, data: Data) -> dict[str, float]:
+        """Recalibrate the model by rows it has not learned from; return what that is worth."""
+
     def judge(self, model: Any, data: Data, history: History, plots: Path) -> dict[str, float]:
         """Return the metrics on the test rows, and write the plots."""
 
-    def export(self, model: Any, path: Path, targets: Sequence[str]) -> None:
-        """Write the SavedModel."""
+    def score(self, model: Any, data: Data) -> dict[str, float]:
+        """Return the same metrics alone."""
+
+    def export(self, model: Any, path: Path, config: DictConfig, overwrite: bool = True) -> None:
+        """Write the SavedModel, with the config in it."""
 
     def panels(self, data: Data, rows: int) -> Panels:
         """Return what the dashboard shows besides scalars."""
@@ -70,16 +83,16 @@ class DensityTask:
     """A conditional density: `MDN`."""
 
     def build(self, config: DictConfig, data: Data, **options: Any) -> MDN:
-        options = {"event_size": len(data.targets), **options}
-        model = MDN(make(config, "model", **options), make(config, "backbone"))
-        for rows in (data.train, data.validation, data.test):
-            model.head.check_domain(rows.y, data.targets)
+        model = make_network(config, **{"event_size": len(data.targets), **options})
+        _name_columns(model, data)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
         return model
 
     def check_start(self, model: Any, fresh: MDN, config: DictConfig, data: Data) -> None:
         for part in ("head", "backbone"):
             _compare(config, part, *(_options(getattr(m, part)) for m in (model, fresh)))
+        embeddings = [{} if m.embedding is None else _options(m.embedding) for m in (model, fresh)]
+        _compare(config, "embedding", *embeddings)
         was, now = (_encoder_input(m.encoder) for m in (model, fresh))
         if was != now:
             raise RunError(
@@ -94,14 +107,35 @@ class DensityTask:
             )
         model.missing = data.missing
         model.head.grid = fresh.head.grid
+        model.column_names = fresh.column_names
+
+    def recalibrate(self, model: MDN, config: DictConfig, data: Data) -> dict[str, float]:
+        before = model.log_prob(data.test.x, data.test.y)
+        fit = self._fit_recalibration(model, config, data)
+        log.info("%s", fit)
+        metrics = fit.metrics(data.targets)
+        if fit.map is not None:
+            metrics |= mean_gain(model.log_prob(data.test.x, data.test.y) - before, data.test)
+        return {f"recalibration/{key}": value for key, value in metrics.items()}
+
+    def _fit_recalibration(self, model: MDN, config: DictConfig, data: Data) -> RecalibrationFit:
+        rows = data.validation
+        return model.recalibrate(rows.x, rows.y, rows.weight, seed=config.seed)
 
     def judge(self, model: MDN, data: Data, history: History, plots: Path) -> dict[str, float]:
         evaluation = evaluate(model, data)
         save_plots(model, data, history, evaluation, plots)
-        return evaluation.metrics
+        if not hasattr(data.truth, "draw"):
+            return evaluation.metrics
+        found = sbc(model, data.truth, names=data.targets)
+        write_figures({"sbc": found.plot()}, plots)
+        return evaluation.metrics | found.metrics()
 
-    def export(self, model: MDN, path: Path, targets: Sequence[str]) -> None:
-        export_saved_model(model, path, overwrite=True, targets=targets)
+    def score(self, model: MDN, data: Data) -> dict[str, float]:
+        return evaluate(model, data).metrics
+
+    def export(self, model: MDN, path: Path, config: DictConfig, overwrite: bool = True) -> None:
+        export_saved_model(model, path, overwrite, config=config)
 
     def panels(self, data: Data, rows: int) -> Panels:
         return DensityPanels(data, rows)
@@ -111,9 +145,9 @@ class EnsembleTask(DensityTask):
     """M conditional densities that are trained together: `Ensemble`."""
 
     def build(self, config: DictConfig, data: Data, **options: Any) -> Ensemble:
-        options = {"event_size": len(data.targets), **options}
-        member = MDN(make(config, "model", **options), make(config, "backbone"))
-        model = Ensemble(member, members=config.ensemble)
+        network = make_network(config, **{"event_size": len(data.targets), **options})
+        model = Ensemble(network, members=config.ensemble)
+        _name_columns(model, data)
         model.adapt(data.train.x, data.train.y, missing=data.missing, seed=config.seed)
         return model
 
@@ -122,8 +156,17 @@ class EnsembleTask(DensityTask):
         _compare(config, "ensemble", *members)
         super().check_start(model, fresh, config, data)
 
+    def _fit_recalibration(self, model: Any, config: DictConfig, data: Data) -> RecalibrationFit:
+        folds = member_folds(config, data)
+        held_out = None if folds is None else folds[1]
+        rows = data.train.append(data.validation)
+        return model.recalibrate(rows.x, rows.y, rows.weight, rows=held_out, seed=config.seed)
+
     def judge(self, model: Any, data: Data, history: History, plots: Path) -> dict[str, float]:
         return {**super().judge(model, data, history, plots), **evaluate_members(model, data)}
+
+    def score(self, model: Any, data: Data) -> dict[str, float]:
+        return {**super().score(model, data), **evaluate_members(model, data)}
 
 
 class VAETask:
@@ -135,22 +178,30 @@ class VAETask:
         for rows in (data.train, data.validation, data.test):
             model.arrays(rows)  # a mistake in any of them is told now
         model.adapt(data.train.y)
+        model.column_names = ColumnNames(targets=data.targets)
         return model
 
     def check_start(self, model: Any, fresh: VAE, config: DictConfig, data: Data) -> None:
         configs = [m.get_config() for m in (model, fresh)]
         for options in configs:
             options.pop("backbone")
+            options.pop("column_names")
         _compare(config, "backbone", *(_options(m.backbone) for m in (model, fresh)))
         _compare(config, "model", *({**c, "name": ""} for c in configs))
+
+    def recalibrate(self, model: VAE, config: DictConfig, data: Data) -> dict[str, float]:
+        raise ConfigError("recalibrate=true: model=vae has no p(y | x); leave it out")
 
     def judge(self, model: VAE, data: Data, history: History, plots: Path) -> dict[str, float]:
         metrics = evaluate_vae(model, data)
         save_vae_plots(model, data, history, plots)
         return metrics
 
-    def export(self, model: VAE, path: Path, targets: Sequence[str]) -> None:
-        export_vae(model, path, overwrite=True, targets=targets)
+    def score(self, model: VAE, data: Data) -> dict[str, float]:
+        return evaluate_vae(model, data)
+
+    def export(self, model: VAE, path: Path, config: DictConfig, overwrite: bool = True) -> None:
+        export_vae(model, path, overwrite, config=config)
 
     def panels(self, data: Data, rows: int) -> Panels:
         return VAEPanels(data, rows)
@@ -188,6 +239,8 @@ def build_model(config: DictConfig, data: Data) -> TrainedModel:
         # A registered class of the user's own can be loaded once its module is imported.
         importlib.import_module(config.backbone._target_.rpartition(".")[0])
         model = load(f"{config.init_from}/model.keras")
+        if isinstance(model, MDN):
+            model.set_recalibration(None)  # of what it learned there
         if type(model) is not type(fresh):
             raise RunError(
                 f"init_from={config.init_from} holds a {type(model).__name__}, not a "
@@ -197,6 +250,24 @@ def build_model(config: DictConfig, data: Data) -> TrainedModel:
         return model
     finally:
         tf_keras.mixed_precision.set_global_policy("float32")
+
+
+def make_network(config: DictConfig, **options: Any) -> MDN:
+    """Return the network of the config, without scaling or starting values.
+
+    Args:
+        config: the config.
+        **options: in place of those of `config.model`.
+    """
+    embedding = None if config.get("embedding") is None else make(config, "embedding")
+    return MDN(make(config, "model", **options), make(config, "backbone"), embedding=embedding)
+
+
+def _name_columns(model: MDN, data: Data) -> None:
+    """Tell the model the names of the columns, and raise where its transform is not defined."""
+    model.column_names = ColumnNames(data.features, data.targets)
+    for rows in (data.train, data.validation, data.test):
+        model.head.check_domain(rows.y, data.targets)
 
 
 def _compare(config: DictConfig, part: str, was: dict[str, Any], now: dict[str, Any]) -> None:

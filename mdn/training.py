@@ -7,6 +7,7 @@ import logging
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,24 @@ import tf_keras
 from omegaconf import DictConfig, OmegaConf
 
 from mdn.base import TrainedModel
+from mdn.budget import epoch_steps, member_rows, settle
+from mdn.callbacks.averaging import AveragedWeights
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.interrupt import Interrupt
-from mdn.compiled import EVALUATION_BATCH
+from mdn.callbacks.tensorboard import write_curve, write_pictures
 from mdn.config import make
 from mdn.data.checks import check_batch_size
-from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Data
-from mdn.data.splits import draw_folds
-from mdn.errors import RunError
+from mdn.errors import DataError, RunError
 from mdn.evaluation import print_table
-from mdn.options import GENERATIVE
+from mdn.export import directory_size
+from mdn.options import AUTO, GENERATIVE
+from mdn.plots import write_figures
+from mdn.preparation import compile_model, make_batches, member_folds
+from mdn.recipes import choose_recipe, describe
 from mdn.runs import RunDirectory, provenance
+from mdn.selection import choose, held_out_nll
 from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task
 
@@ -61,13 +67,29 @@ def train(
     seed_everything(config)
     ignored = config.model._target_ == GENERATIVE and "missing" in config.data
     data: Data = make(config, "data", **({"missing": "indicator"} if ignored else {})).load()
-    check_batch_size(data.train_rows, config.trainer.batch_size)
-    with strategy.scope():
-        model = build_model(config, data)
-        compile_model(model, config, data.train_rows // config.trainer.batch_size)
+    if config.get("recalibrate") and data.validation is data.train:
+        raise DataError(
+            "recalibrate=true: all rows are learned from, so that none can judge; leave it out"
+        )
+    tried: dict[str, Any] = {}
+    if config.recipe == "auto":
+        with strategy.scope():
+            config, tried = choose_recipe(config, data, directory.read_json("recipe.json"))
+        seed_everything(config)
+    config = settle(config, data)
+    check_batch_size(member_rows(config, data), config.trainer.batch_size)
     chief = is_chief(strategy)
-    callbacks, checkpoint = make_callbacks(config, data, directory, chief)
-    callbacks.append(first_step)
+
+    def prepare(config: DictConfig, place: str = "") -> tuple[TrainedModel, list, Checkpoint]:
+        with strategy.scope():
+            model = build_model(config, data)
+            compile_model(model, config, epoch_steps(config, data))
+        callbacks, checkpoint = make_callbacks(config, data, directory, chief, place)
+        return model, [*callbacks, first_step], checkpoint
+
+    automatic = config.model.get("components") == AUTO
+    # Of candidates too, what cannot be built is told before anything is written.
+    model, callbacks, checkpoint = prepare(_candidate(config, 1) if automatic else config)
     if not chief:
         fit(model, config, data, directory, callbacks, checkpoint)
         with tempfile.TemporaryDirectory() as scratch:
@@ -76,9 +98,16 @@ def train(
     directory.create()
     with directory.logging():
         log.info("run directory: %s", directory.path)
+        if tried:
+            directory.write_json("recipe.json", tried)
+            log.info(describe(tried))
         try:
-            progress = fit(model, config, data, directory, callbacks, checkpoint)
-            metrics = finish(model, config, data, directory, progress, first_step.seconds)
+            notes: dict[str, float] = {}
+            if automatic:
+                model, config, progress, notes = fit_candidates(config, data, directory, prepare)
+            else:
+                progress = fit(model, config, data, directory, callbacks, checkpoint)
+            metrics = finish(model, config, data, directory, progress, first_step.seconds, notes)
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 f"interrupted after the training, which is kept in {directory.path}: the same "
@@ -99,36 +128,12 @@ def seed_everything(config: DictConfig) -> None:
         tf.config.experimental.enable_op_determinism()
 
 
-def compile_model(model: TrainedModel, config: DictConfig, steps: int) -> None:
-    """Compile the model with the optimizer and schedule of the config.
-
-    Args:
-        model: the model.
-        config: the config.
-        steps: train steps an epoch.
-    """
-    trainer = config.trainer
-    options = {}
-    if trainer.schedule == "cosine":
-        total, peak = steps * trainer.epochs, config.optimizer.learning_rate
-        warmup = round(trainer.warmup * total)
-        options["learning_rate"] = tf_keras.optimizers.schedules.CosineDecay(
-            initial_learning_rate=0.0 if warmup else peak,
-            decay_steps=total - warmup,
-            warmup_target=peak if warmup else None,
-            warmup_steps=warmup,
-        )
-    optimizer = make(config, "optimizer", **options)
-    model.compile(
-        optimizer,
-        loss=config.loss if isinstance(config.loss, str) else OmegaConf.to_container(config.loss),
-        jit_compile=None if trainer.compiled else False,
-        steps_per_execution=trainer.steps_per_execution,
-    )
-
-
 def make_callbacks(
-    config: DictConfig, data: Data, directory: RunDirectory, chief: bool = True
+    config: DictConfig,
+    data: Data,
+    directory: RunDirectory,
+    chief: bool = True,
+    place: str = "",
 ) -> tuple[list[tf_keras.callbacks.Callback], Checkpoint]:
     """Return the callbacks of the config, those set to null left out, and the checkpoints.
 
@@ -137,6 +142,7 @@ def make_callbacks(
         data: for the dashboard's pictures, and to name the row that leads to NaN.
         directory: where the dashboard and the checkpoints go.
         chief: whether this process writes.
+        place: a folder of their own within those of the run, for one of several candidates.
     """
     nodes = {name: node for name, node in config.callbacks.items() if node is not None}
     if config.trainer.schedule != "plateau":
@@ -145,7 +151,7 @@ def make_callbacks(
         nodes.pop("tensorboard", None)
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {
-            "log_dir": str(directory / "tensorboard"),
+            "log_dir": str(directory / "tensorboard" / place),
             "data": data,
             "panels": get_task(config).panels,
             "config_text": OmegaConf.to_yaml(config, resolve=True),
@@ -161,7 +167,9 @@ def make_callbacks(
         if name != "checkpoint"
     ]
     callbacks += [NanGuard(data.train, data.features, data.targets), EpochLog()]
-    folder = str(directory / "checkpoints")
+    if config.trainer.ema is not None:
+        callbacks.append(AveragedWeights())  # behind those that read the weights
+    folder = str(directory / "checkpoints" / place)
     if "checkpoint" in nodes:
         checkpoint = make(
             config,
@@ -219,6 +227,53 @@ def fit(
     return checkpoint.progress
 
 
+def fit_candidates(
+    config: DictConfig, data: Data, directory: RunDirectory, prepare: Callable
+) -> tuple[TrainedModel, DictConfig, Progress, dict[str, float]]:
+    """Train models with more and more components, and choose among them by held-out rows.
+
+    Each has checkpoints of its own, so that a killed run goes on with the candidate it was at;
+    those that had finished take their best weights from there, and are not trained again.
+
+    Args:
+        config: the config, with components=auto.
+        data: the rows.
+        directory: of the run.
+        prepare: of (config, folder): the model, its callbacks and its checkpoints.
+
+    Returns:
+        The chosen model, its config and progress, and metrics of the choice.
+    """
+    folds = member_folds(config, data)
+    fitted: dict[int, tuple[TrainedModel, DictConfig, Progress]] = {}
+
+    def score(k: int) -> tuple[np.ndarray, np.ndarray]:
+        seed_everything(config)  # each is what it would be in a run of its own
+        candidate = _candidate(config, k)
+        model, callbacks, checkpoint = prepare(candidate, f"k={k}")
+        progress = fit(model, candidate, data, directory, callbacks, checkpoint)
+        fitted[k] = model, candidate, progress
+        return held_out_nll(model, data, None if folds is None else folds[1])
+
+    selection = choose(score)
+    figure = selection.figure()
+    write_figures({"selection": figure}, directory / "plots")
+    if config.callbacks.tensorboard is not None:
+        write_curve(directory / "tensorboard" / "selection", selection.curve(), figure)
+    notes = selection.metrics()
+    notes["selection/seconds"] = sum(progress.seconds for *_, progress in fitted.values())
+    return *fitted[selection.k], notes
+
+
+def _candidate(config: DictConfig, k: int) -> DictConfig:
+    """Return the config of a candidate; of its pictures the last one is enough."""
+    config = copy.deepcopy(config)
+    config.model.components = k
+    if config.callbacks.tensorboard is not None and config.callbacks.tensorboard.image_every:
+        config.callbacks.tensorboard.image_every = config.trainer.epochs
+    return config
+
+
 def finish(
     model: TrainedModel,
     config: DictConfig,
@@ -226,14 +281,18 @@ def finish(
     directory: RunDirectory,
     progress: Progress,
     to_first_step: float | None = None,
+    notes: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Evaluate and export; `metrics.json` comes last and marks the run as finished."""
-    model.save(directory / "model.keras")
     task = get_task(config)
-    rows = data.train_rows // config.trainer.batch_size * config.trainer.batch_size
+    recalibration = task.recalibrate(model, config, data) if config.get("recalibrate") else {}
+    model.save(directory / "model.keras")
+    rows = epoch_steps(config, data) * config.trainer.batch_size
     metrics = {
         **task.judge(model, data, progress.history, directory / "plots"),
+        **recalibration,
         **data.notes,
+        **(notes or {}),
         "train/seconds": progress.seconds,
         "train/epochs": progress.epoch,
         "train/rows_per_second": rows * progress.epoch / max(progress.seconds, 1e-9),
@@ -241,54 +300,17 @@ def finish(
     }
     if to_first_step is not None:  # else nothing was left to train
         metrics["train/seconds_to_first_step"] = to_first_step
-    task.export(model, directory / "saved_model", data.targets)
+    if config.callbacks.get("tensorboard") is not None:
+        pictures = [directory / "plots" / f"{name}.png" for name in ("calibration", "sbc")]
+        write_pictures(directory / "tensorboard" / "test", pictures, progress.epoch)
+    task.export(model, directory / "saved_model", config)
+    metrics["export/bytes"] = directory_size(directory / "saved_model")
     if config.get("comparison") is not None:
         metrics |= make(config, "comparison")(config)
     directory.write_json("provenance.json", provenance(config, data.fingerprint()))
     directory.write_json("metrics.json", metrics)
     print_table(metrics)
     return metrics
-
-
-def make_batches(
-    model: TrainedModel, config: DictConfig, data: Data, first_epoch: int
-) -> tuple[Batches, Batches]:
-    """Return what a model learns from and what it is validated on.
-
-    Member 0 of an ensemble has the rows of a single run. Of a random split, the other members hold
-    out as many rows, but others. Any other split stays as it is for all.
-    """
-    order = {
-        "seed": config.seed,
-        "first_epoch": first_epoch,
-        "chunk": config.trainer.steps_per_execution,
-    }
-    size = config.trainer.batch_size
-    held_out = model.arrays(data.validation)
-    validation: dict[str, Any] = {"complete": model.is_complete(held_out)}
-    if data.stream is not None:
-        batches = data.stream.batches(model, size, **order)
-    else:
-        arrays = model.arrays(data.train)
-        if config.ensemble > 1:
-            n, kept = len(data.train), len(data.validation)
-            arrays = tuple(map(np.concatenate, zip(arrays, held_out, strict=True)))
-            rows = np.arange(n + kept)
-            one_set = data.validation is data.train  # so few that all rows do both
-            if config.data.get("split", "random") == "random" and not one_set:
-                rest = np.random.default_rng([config.seed, 0x656E73]).permutation(n)
-                learned, folds = draw_folds(np.append(rows[n:], rest), kept, config.ensemble)
-            else:
-                learned, folds = (
-                    np.tile(part, [config.ensemble, 1]) for part in (rows[:n], rows[n:])
-                )
-            held_out, order["members"], validation["members"] = arrays, learned, folds
-            validation["complete"] = model.is_complete(arrays)
-        order["complete"] = model.is_complete(arrays)
-        batches = training_batches(arrays, size, **order)
-    return batches, evaluation_batches(
-        held_out, EVALUATION_BATCH, chunk=batches.chunk, **validation
-    )
 
 
 class FirstStep(tf_keras.callbacks.Callback):

@@ -379,7 +379,8 @@ class VAE(TrainedModel):
     def get_config(self) -> dict[str, Any]:
         backbone = tf_keras.saving.serialize_keras_object(self.backbone)
         precision = self.decoder.dtype_policy.name
-        return {"name": self.name, **self._config, "backbone": backbone, "precision": precision}
+        own = {"name": self.name, **self._config, **self.names_config()}
+        return {**own, "backbone": backbone, "precision": precision}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> VAE:
@@ -388,10 +389,13 @@ class VAE(TrainedModel):
         now = tf_keras.mixed_precision.global_policy()
         # The decoder takes the policy that is in force when it is made, as a backbone does.
         tf_keras.mixed_precision.set_global_policy(config.pop("precision"))
+        names = {"column_names": config.pop("column_names", {})}
         try:
-            return cls(**{**config, "backbone": backbone})
+            model = cls(**{**config, "backbone": backbone})
         finally:
             tf_keras.mixed_precision.set_global_policy(now)
+        model.restore_names(names)
+        return model
 
     def get_build_config(self) -> dict[str, Any]:
         return {}

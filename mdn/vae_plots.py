@@ -19,10 +19,10 @@ from scipy import special
 
 from mdn.data.rows import Data, Rows
 from mdn.data.splits import thin
-from mdn.plots import history_figure, style_axes, write_figures
+from mdn.figures import GREY, INK, style_axes, write_figures
+from mdn.plots import history_figure
 from mdn.vae import VAE
 
-_INK, _GREY = "#262626", "#8c8c8c"
 _CELLS = 200
 _SHARES = (0.99, 0.9, 0.5)  # of the prior's mass inside its contours
 
@@ -68,7 +68,7 @@ def samples_figure(model: VAE, shape: tuple[int, int] | None = None, seed: int =
     figure = Figure(figsize=(8, 2.8), dpi=100, layout="constrained")
     axes = figure.subplots()
     _draw_grid(axes, np.asarray(probabilities), columns, _image_shape(model, shape))
-    axes.set_title("drawn from the prior: probabilities of the pixels", fontsize=10, color=_INK)
+    axes.set_title("drawn from the prior: probabilities of the pixels", fontsize=10, color=INK)
     return figure
 
 
@@ -85,7 +85,7 @@ def reconstructions_figure(model: VAE, rows: Rows, shape: tuple[int, int] | None
     figure = Figure(figsize=(8, 1.5), dpi=100, layout="constrained")
     axes = figure.subplots()
     _draw_grid(axes, pairs, len(images), _image_shape(model, shape))
-    axes.set_title("images, and below them their reconstructions", fontsize=10, color=_INK)
+    axes.set_title("images, and below them their reconstructions", fontsize=10, color=INK)
     return figure
 
 
@@ -123,7 +123,7 @@ def latent_figure(model: VAE, rows: Rows, size: tuple[float, float] = (6.4, 5.2)
             frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, title="label"
         )
     share = ", ".join(f"{share:.0%}" for share in reversed(_SHARES))
-    axes.set_title(f"posterior means; contours: {share} of the prior", fontsize=10, color=_INK)
+    axes.set_title(f"posterior means; contours: {share} of the prior", fontsize=10, color=INK)
     return figure
 
 
@@ -151,7 +151,7 @@ def _draw_prior(axes: Axes, model: VAE, plane: np.ndarray, points: np.ndarray) -
     axes.contourf(
         first, second, density, [*levels, np.inf], colors=["#f4f4f4", "#e6e6e6", "#d2d2d2"]
     )
-    axes.contour(first, second, density, levels, colors=_GREY, linewidths=0.7)
+    axes.contour(first, second, density, levels, colors=GREY, linewidths=0.7)
 
 
 def _image_shape(model: VAE, shape: tuple[int, int] | None) -> tuple[int, int]:

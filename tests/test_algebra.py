@@ -8,7 +8,7 @@ import tensorflow as tf
 from test_density import all_densities, random_mixture
 
 import mdn
-from mdn.density import DiagGaussianMixture
+from mdn.density import DiagGaussianMixture, GaussianMixture
 from mdn.density.factors import lower_factor, pivot
 
 
@@ -296,3 +296,37 @@ def test_effective_components_counts_the_weights():
     assert of(np.array([0.0, -1e9, -1e9, -1e9, 0.0])) == pytest.approx(2.0)
     weights = np.array([0.1, 0.2, 0.3, 0.15, 0.25])
     assert of(np.log(weights)) == pytest.approx(np.exp(-(weights * np.log(weights)).sum()))
+
+
+@pytest.mark.parametrize("kind", ["diag", "tril", "low_rank", "precision"])
+def test_mixtures_of_one_type_keep_it(kind):
+    rng = np.random.default_rng(0)
+    loc = rng.normal(size=[3, 2, 4])
+    tril = np.tril(0.3 * rng.normal(size=[3, 2, 4, 4])) + 1.5 * np.eye(4)
+    make, scales = {
+        "diag": (GaussianMixture.from_diag, [np.abs(tril[..., 0]) + 0.5]),
+        "tril": (GaussianMixture, [tril]),
+        "low_rank": (GaussianMixture.from_low_rank, [np.abs(loc) + 0.5, tril[..., :2]]),
+        "precision": (GaussianMixture.from_precision_tril, [tril]),
+    }[kind]
+    batch = make(rng.normal(size=[3, 2]), loc, *scales)
+    y = rng.normal(size=[4])
+    parts = np.exp(batch.log_prob(y))
+    found = mdn.mixture_of(batch), mdn.mixture_of([batch[0], batch[1], batch[2]])
+    for mixture in found:
+        assert type(mixture) is type(batch)
+        np.testing.assert_allclose(np.exp(mixture.log_prob(y)), parts.mean())
+    normal = batch.components_distribution[0, 0]
+    both = mdn.mixture_of([normal, batch[1]], weights=[1.0, 3.0])
+    assert type(both) is type(batch)
+    expected = 0.25 * np.exp(normal.log_prob(y)) + 0.75 * parts[1]
+    np.testing.assert_allclose(np.exp(both.log_prob(y)), expected)
+    assert type(batch[0].concat(batch[1])) is type(batch)
+    if kind == "low_rank":  # of different ranks
+        wide = GaussianMixture.from_low_rank(batch[0].logits, loc[0], scales[0][0], tril[0])
+        both = mdn.mixture_of([batch[0], wide])
+        assert both.factor.shape == [4, 4, 4]
+        expected = 0.5 * (parts[0] + np.exp(wide.log_prob(y)))
+        np.testing.assert_allclose(np.exp(both.log_prob(y)), expected)
+        dense = GaussianMixture(*both.mixture_parameters())
+        np.testing.assert_allclose(both.quantile(0.3), dense.quantile(0.3))

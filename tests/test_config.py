@@ -49,7 +49,7 @@ def nodes_of(path):
 def test_groups_are_those_of_the_design():
     assert set(GROUPS) == {
         *("model", "backbone", "data", "optimizer", "trainer", "callbacks", "strategy"),
-        "experiment",
+        *("embedding", "experiment"),
     }
     assert len(FILES) > 25
 
@@ -103,18 +103,24 @@ def test_trainer_options_are_checked():
     ("overrides", "message"),
     [
         (["k=0"], "k=0: must be greater than 0"),
+        (["recalibrate=3"], "recalibrate=3: must be a valid boolean"),
+        (["recalibrate=true", "model=vae", "data=digits"], "recalibrate=true: model=vae has no"),
         (["k=three"], "k=three: must be a valid integer"),
         (["model=tril", "k=3"], "k=3: this model has no components; use model=mixture"),
         (["+k=3", "model=diag"], "k=3: this model has no components; use model=mixture"),
         (["experiment=flights", "model=tril"], "k=5: this model has no components"),
+        (["k=auto", "model=diag"], "k=auto: this model has no components; use model=mixture"),
+        (["k=auto", "model=vae"], "k=auto: model=vae has no validation NLL"),
+        (["k=auto", "model=distribution"], "k=auto: model=distribution has no validation NLL"),
+        (["k=auto", "init_from=x"], "k=auto: init_from=x has its number of components"),
+        (["k=auto", "experiment=tabular", "recipe=auto"], "k=auto: recipe=auto compares variants"),
+        (["k=auto", "strategy=multi_worker"], "k=auto: choose it on one machine"),
         (["rank=2"], "rank=2: this model has no factors of low rank; use model=low_rank"),
         (["+rank=2", "model=tril"], "rank=2: this model has no factors of low rank"),
         (["model=low_rank", "rank=0"], "rank=0: must be greater than 0"),
         (["model=low_rank", "rank=two"], "rank=two: must be a valid integer"),
         (["target_transform=logg"], "target_transform=logg: is unknown; choose one of log, logit"),
         (["target_transform=log", "model=vae"], "target_transform=log: this model has none"),
-        (["target_transform=log", "loss=crps"], "loss=crps: has no closed form with a target_tr"),
-        (["target_transform=log", "ensemble=2"], "target_transform=log: an ensemble has none"),
         (["kk=3"], "kk=3: kk is no option; did you mean k"),
         (["modle=tril"], "modle=tril: modle is no option; did you mean model"),
         (["model=lstm"], "model=lstm: there is no such model; choose one of diag, distribution"),

@@ -304,3 +304,71 @@ def test_float32_density_of_a_bfloat16_backbone(kind):
     density = make(kind, 2, 3)(tf.ones([4, 8], tf.bfloat16))
     assert density.dtype == tf.float32
     assert density.log_prob(tf.zeros([4, 2])).dtype == tf.float32
+
+
+# ---------------------------------------------------------------------- background and start
+
+MIXTURES = [kind for kind in KINDS if issubclass(kind, MixtureHead)]
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("background", [0.2, "auto", "learned"])
+def test_background_is_one_more_component(kind, background):
+    y = multimodal(200, 2)
+    plain, head = (kind(2, 3, background=b, dtype="float64") for b in (0.0, background))
+    for one in (plain, head):
+        one.adapt(y)
+    rng = np.random.default_rng(2)
+    params = rng.normal(size=[5, head.params_size])
+    rest = params
+    weight = {0.2: 0.2, "auto": 0.01}.get(background)  # 10 / 200 rows is more than a hundredth
+    if background == "learned":
+        logits = params[:, :4]
+        weight = np.exp(logits[:, 3] - logsumexp(logits, axis=1))
+        rest = np.delete(params, 3, axis=1)
+    given = tf.constant(y[:5])
+    behind = norm(y.mean(axis=0), 1.5 * y.std(axis=0)).logpdf(y[:5]).sum(axis=1)
+    without = plain.distribution(tf.constant(rest)).log_prob(given).numpy()
+    expected = np.logaddexp(np.log1p(-weight) + without, np.log(weight) + behind)
+    density = head.distribution(tf.constant(params))
+    assert density.loc.shape == [5, 4, 2]
+    np.testing.assert_allclose(density.log_prob(given), expected, rtol=1e-8)
+    fast = head.params_log_prob(tf.constant(params.T[None]), given[None])[0]
+    np.testing.assert_allclose(fast, expected, rtol=1e-8)
+    again = head.distribution(head.parameters(density))
+    np.testing.assert_allclose(again.log_prob(given), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_start_at_the_centre(kind):
+    y = multimodal(500, 2)
+    head = kind(2, 5, start="centre", background=0.01)
+    head.adapt(y)
+    density = head.distribution(head.bias)
+    loc, sd = y.mean(axis=0), y.std(axis=0)
+    unit = (density.loc.numpy()[:5] - loc) / sd
+    quantiles = np.quantile((y - loc) / sd, [0.1, 0.3, 0.5, 0.7, 0.9], axis=0)
+    np.testing.assert_allclose(unit, 0.1 * quantiles, atol=1e-4)
+    widths = np.sqrt(density.components_distribution.variance().numpy())[:5] / sd
+    np.testing.assert_allclose(widths, np.geomspace(0.15, 1.2, 5)[:, None] * [1, 1], rtol=1e-3)
+
+
+def test_background_weight_falls_with_the_rows_and_is_saved():
+    head = Mixture(1, 2, background="auto")
+    head.adapt(np.random.default_rng(0).normal(size=[4000, 1]))
+    assert float(head.background_weight) == pytest.approx(10 / 4000)
+    for background in (1.0, -0.1, "some"):
+        with pytest.raises(mdn.MDNError, match=f"background={background}"):
+            Mixture(1, 2, background=background)
+    with pytest.raises(mdn.MDNError, match="start='edge'"):
+        Mixture(1, 2, start="edge")
+
+
+@pytest.mark.parametrize("grid_floor", [True, False])
+def test_floor_of_the_grid_is_an_option(grid_floor):
+    y = np.round(np.random.default_rng(0).normal(size=[500, 1]) * 2)
+    head = Mixture(1, 2, grid_floor=grid_floor, min_scale=0.01)
+    head.adapt(y)
+    expected = 1 / math.sqrt(12) / y.std() if grid_floor else 0.01
+    np.testing.assert_allclose(head.floor, [expected], rtol=1e-5)
+    assert head.grid == [1.0]

@@ -13,7 +13,9 @@ from test_density import random_mixture
 
 import mdn
 from mdn import losses
-from mdn.density.interval import log_cell, log_interval
+from mdn.data.rows import ColumnNames
+from mdn.density.cells import log_cell
+from mdn.density.interval import log_interval
 from mdn.losses import LOSSES, BetaNLL, Energy, IntervalNLL, crps
 
 
@@ -160,7 +162,8 @@ def test_log_interval_is_exact_in_both_tails(dtype):
     variables = [tf.constant(m), tf.constant(w)]
     with tf.GradientTape() as tape:
         tape.watch(variables)
-        found = log_interval(*variables)
+        centre, size = variables
+        found = log_interval(centre - 0.5 * size, centre + 0.5 * size, size)
     gradients = tape.gradient(found, variables)
     expected, slopes = [], []
     for centre, width in zip(np.abs(m).tolist(), w.tolist(), strict=True):
@@ -190,7 +193,7 @@ def test_log_interval_stays_finite_far_out():
     width = tf.constant([1e7, 0.5, 1.0, 1e30, 1e16, 1e-9], tf.float32)
     with tf.GradientTape() as tape:
         tape.watch([middle, width])
-        value = log_interval(middle, width)
+        value = log_interval(middle - 0.5 * width, middle + 0.5 * width, width)
     assert np.isfinite(value).all()
     assert all(np.isfinite(g).all() for g in tape.gradient(value, [middle, width]))
     assert value[3] == value[4] == 0.0
@@ -281,19 +284,21 @@ def test_interval_nll_takes_the_steps_from_the_targets():
     model.adapt(x, np.random.default_rng(0).normal(size=[256, 2]))
     with pytest.raises(mdn.MDNError, match="target 0 is on no grid; give loss="):
         model.compile(loss="interval_nll")
-
-
-def test_a_loss_without_a_closed_form_is_refused_before_training():
-    x, y = gridded()
-    model = mdn.MDN(mdn.heads.Mixture(2, 2))
-    model.adapt(x, y)
-    with pytest.raises(mdn.MDNError, match="2 targets need diagonal covariances; use model=mix"):
+    model.column_names = ColumnNames(targets=("tide", "wind"))
+    with pytest.raises(mdn.MDNError, match="target 'tide' is on no grid; give loss="):
         model.compile(loss="interval_nll")
+
+
+def test_boxes_of_three_targets_with_full_covariances_are_refused_before_training():
+    model = mdn.MDN(mdn.heads.Mixture(3, 2))
+    loss = IntervalNLL(1.0)
+    with pytest.raises(mdn.MDNError, match="3 targets need diagonal covariances; use model=mix"):
+        model.compile(loss=loss)
+    density = random_mixture(np.random.default_rng(0), [2], 2, 3)
     with pytest.raises(mdn.MDNError, match="no closed form under full covariances"):
-        log_cell(model(x[:2].astype("f")), tf.constant(y[:2], tf.float32), tf.constant([1.0, 1.0]))
-    model = mdn.MDN(mdn.heads.Mixture(1, 2, target_transform="log"))
-    with pytest.raises(mdn.MDNError, match="crps: has no closed form with a target_transform"):
-        model.compile(loss="crps")
+        loss(np.zeros([2, 3]), density)
+    with pytest.raises(mdn.MDNError, match="2 steps for 3 targets; give one for all"):
+        mdn.MDN(mdn.heads.Diag(3)).compile(loss={"name": "interval_nll", "step": [1.0, 2.0]})
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,15 @@ from PIL import Image
 from scipy import stats
 
 import mdn
+from mdn.calibration import report
 from mdn.data.rows import Data, Rows
 from mdn.errors import RunError
-from mdn.evaluation import Evaluation, Margins
+from mdn.evaluation import Evaluation
+from mdn.margins import Margins
 from mdn.plots import (
     _draw_regions,
     _limits,
     _mean_density,
-    calibration_figure,
     density_figure,
     history_figure,
     save_plots,
@@ -173,39 +174,25 @@ def test_history_of_one_epoch():
     history_figure({"nll": [1.0], "val_nll": [1.0]}).canvas.draw()
 
 
-def test_calibration_figure_of_uniforms_and_of_a_narrow_density():
-    pit = np.random.default_rng(0).uniform(size=(5000, 2))
-    pit[:, 1] = np.where(np.arange(5000) < 10, np.nan, np.round(pit[:, 1]))  # all in the tails
-    figure = calibration_figure(pit, ["good", "narrow"])
-    figure.canvas.draw()
-    curves = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
-    np.testing.assert_allclose(curves["good"], np.linspace(0, 1, 101), atol=0.03)
-    np.testing.assert_array_equal(curves["narrow"], np.arange(101) == 100)
-
-
 def test_save_plots_writes_pictures_that_open(tmp_path):
     data = make_data(1, 1)
     model = make_model(data)
-    pit = np.linspace(0, 1, 50)[:, None]
-    paths = save_plots(model, data, HISTORY, Evaluation({}, pit), tmp_path / "new" / "plots")
+    evaluation = Evaluation({}, report(model, data.test.x, data.test.y))
+    paths = save_plots(model, data, HISTORY, evaluation, tmp_path / "new" / "plots")
     assert [path.name for path in paths] == ["density.png", "history.png", "calibration.png"]
     for path in paths:
         with Image.open(path) as image:
             assert image.format == "PNG"
             assert min(image.size) >= 500
             assert len(np.unique(np.asarray(image.convert("L")))) > 50
-    without = save_plots(model, data, {}, Evaluation({}, pit), tmp_path)
+    without = save_plots(model, data, {}, evaluation, tmp_path)
     assert [path.name for path in without] == ["density.png", "calibration.png"]
 
 
 def test_directory_that_cannot_be_written(tmp_path):
     data = make_data(1, 1)
     (tmp_path / "plots").write_text("a file")
+    model = make_model(data)
+    evaluation = Evaluation({}, report(model, data.test.x, data.test.y))
     with pytest.raises(RunError, match=r"cannot write .*density\.png"):
-        save_plots(make_model(data), data, {}, Evaluation({}, np.ones((3, 1))), tmp_path / "plots")
-
-
-def test_many_targets_have_a_calibration_each_up_to_five():
-    pit = np.random.default_rng(0).uniform(size=(50, 7))
-    figure = calibration_figure(pit)
-    assert len(figure.axes[1].lines) == 1 + 5
+        save_plots(model, data, {}, evaluation, tmp_path / "plots")

@@ -68,7 +68,8 @@ def test_run_directory_is_as_documented(finished):
     assert {path.name for path in directory.iterdir()} == set(CONTENTS)
     assert (directory / ".hydra" / "config.yaml").is_file()
     assert list((directory / "checkpoints").glob("epoch-00002.npz"))
-    for name in ("density", "history", "calibration"):
+    assert list((directory / "tensorboard" / "test").glob("events.out.tfevents.*"))
+    for name in ("density", "history", "calibration", "sbc"):
         assert (directory / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "epoch 2: loss=" in (directory / "train.log").read_text()
 
@@ -82,7 +83,8 @@ def test_metrics_are_flat_finite_and_complete(finished):
         *("test/nll", "test/nll_se", "test/n", "train/seconds", "train/rows_per_second"),
         "train/seconds_to_first_step",
         *("model/parameters", "baseline/nll", "data/entropy", "test/regret", "test/regret_se"),
-        *("test/rmse", "test/coverage50", "test/coverage90"),
+        *("test/rmse", "test/coverage50", "test/coverage90", "test/pit_p", "test/crps_skill"),
+        *("test/calibration_error", "test/width90", "sbc/p/t", "sbc/p_joint"),
     }
     assert metrics["test/n"] == 64
     record = json.loads((directory / "provenance.json").read_text())
@@ -193,10 +195,10 @@ SIMULATED = {
     "callbacks.tensorboard=null",
     "arma_jump": "model=mixture_diag trainer.precision=mixed_bfloat16 "
     "callbacks.early_stopping=null",
-    "slcp": "model=mixture_diag k=2",
+    "slcp": "model=mixture_diag k=2 ensemble=2 recalibrate=true",
     "skew_normal": "model=tril_precision",
     "bivariate_mixture": "model=tril_precision backbone=constant",
-    "linear_gaussian": "model=low_rank",
+    "linear_gaussian": "model=low_rank recalibrate=true",
     "random_gaussians": "model=low_rank k=2",
     "gaussians": "model=mixture k=2 model.positivity=exp trainer.steps_per_execution=2 "
     "callbacks.early_stopping.patience=1 callbacks.checkpoint=null",
@@ -234,6 +236,8 @@ def test_every_simulator_trains(source, tmp_path):
     metrics = run_of(tmp_path / "run", f"data={source} {SIMULATED[source]}", *TINY_DATA)
     assert metrics["test/nll"] < metrics["baseline/nll"] + 1.0
     assert np.isfinite(metrics["test/regret"])
+    recalibrated = "recalibrate=true" in SIMULATED[source]
+    assert ("recalibration/gain" in metrics) == recalibrated
 
 
 @pytest.mark.parametrize("source", READ)

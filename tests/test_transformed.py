@@ -13,6 +13,7 @@ from test_density import random_mixture
 import mdn
 from mdn.density.transformed import Transformed, draw_from
 from mdn.density.transforms import BoxCox, PerTarget, describe, fit_power, make_bijector
+from mdn.losses import Energy
 
 TRANSFORMS = {
     "log": "log",
@@ -301,3 +302,155 @@ def test_ranks_regions_and_components_are_those_of_the_transformed_targets():
     between = np.linalg.norm(draws - np.roll(draws, 1, axis=0), axis=-1)
     spread = np.sqrt((to_y.var(0) + 0.25 * 3.0 * between.var(0)) * 2.0 / 2000)
     assert (np.abs(score - to_y.mean(0) + 0.5 * between.mean(0)) < 6.0 * spread).all()
+
+
+def test_covariance_is_that_of_the_lognormal_and_of_quadrature():
+    base = random_mixture(np.random.default_rng(1), [3], 2, 3)
+    weight = tf.nn.softmax(base.logits).numpy()[..., None, None]
+    spread = base.components_distribution.covariance().numpy()
+    loc = base.loc.numpy()
+    variance = np.einsum("...ii->...i", spread)
+    mean = np.exp(loc + 0.5 * variance)
+    second = mean[..., :, None] * mean[..., None, :] * np.exp(spread)  # E[y_i y_j]
+    whole = (weight[..., 0] * mean).sum(axis=1)
+    expected = (weight * second).sum(axis=1) - whole[:, :, None] * whole[:, None, :]
+    closed = Transformed(base, tfb.Exp())
+    series = Transformed(base, PerTarget([tfb.Exp()] * 3))
+    for density in (closed, series):
+        np.testing.assert_allclose(density.covariance(), expected, rtol=1e-8)
+        np.testing.assert_allclose(density.variance(), np.einsum("bii->bi", expected), rtol=1e-8)
+    raw = [
+        (weight[..., 0] * np.exp(n * loc + 0.5 * n**2 * variance)).sum(axis=1)
+        for n in (1, 2, 3, 4)
+    ]
+    stddev = np.sqrt(raw[1] - raw[0] ** 2)
+    third = raw[2] - 3.0 * raw[0] * raw[1] + 2.0 * raw[0] ** 3
+    fourth = raw[3] - 4.0 * raw[0] * raw[2] + 6.0 * raw[0] ** 2 * raw[1] - 3.0 * raw[0] ** 4
+    small = variance.max(axis=1) < 1.0  # of wider ones the fourth moment is beyond the nodes
+    assert small.any()
+    np.testing.assert_allclose(closed.skewness()[small], (third / stddev**3)[small], rtol=1e-6)
+    kurtosis = (fourth / stddev**4 - 3.0)[small]
+    np.testing.assert_allclose(closed.kurtosis()[small], kurtosis, rtol=1e-5)
+    mixed = Transformed(base, PerTarget([tfb.Softplus(), None, tfb.Exp()]))
+    nodes, rule = np.polynomial.hermite_e.hermegauss(80)
+    rule = np.outer(rule, rule).ravel() / rule.sum() ** 2
+    z = np.stack(np.meshgrid(nodes, nodes, indexing="ij"), axis=-1).reshape(-1, 2)
+    tril = base.scale_tril.numpy()[:, :, :2, :2]
+    u = loc[:, :, None, :2] + np.einsum("bkij,sj->bksi", tril, z)
+    y = np.stack([np.logaddexp(0.0, u[..., 0]), u[..., 1]], axis=-1)
+    rule = tf.nn.softmax(base.logits).numpy()[..., None] * rule
+    away = y - np.einsum("bks,bksi->bi", rule, y)[:, None, None]
+    covariance = np.einsum("bks,bksi,bksj->bij", rule, away, away)
+    np.testing.assert_allclose(mixed.covariance()[:, :2, :2], covariance, rtol=1e-6, atol=1e-9)
+    correlation = mixed.correlation().numpy()
+    assert (np.abs(correlation) <= 1.0).all()
+    np.testing.assert_array_equal(np.einsum("bii->bi", correlation), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_crps_is_its_integral_in_the_units_of_y(dtype):
+    base = mdn.GaussianMixture(
+        np.log(np.array([0.3, 0.6, 0.1], dtype)),
+        np.array([[-3.0], [0.5], [0.52]], dtype),
+        np.array([[[0.4]], [[0.3]], [[0.005]]], dtype),
+    )
+    density = Transformed(base, tfb.Exp())
+    y = np.array([-2.0, 0.0, 0.05, 1.0, 1.7, 900.0])
+    grid = np.concatenate([np.linspace(-4.0, 0.0, 3), np.exp(np.linspace(-12.0, 8.0, 200_001)), y])
+    grid = np.sort(np.concatenate([grid, y]))
+    cdf = np.zeros([len(grid)])
+    for w, m, s in ((0.3, -3.0, 0.4), (0.6, 0.5, 0.3), (0.1, 0.52, 0.005)):
+        cdf += w * stats.lognorm.cdf(grid, s, scale=np.exp(m))
+    expected = []
+    for at in y:
+        after = np.arange(len(grid)) > np.searchsorted(grid, at)
+        expected.append(trapezoid((cdf - after) ** 2, grid))
+    variable = tf.constant(y[:, None], dtype)
+    program = tf.function(lambda y: density.crps(y), jit_compile=True)
+    tolerance = 1e-7 if dtype == np.float64 else 1e-5
+    np.testing.assert_allclose(program(variable)[:, 0], expected, tolerance, tolerance)
+    assert np.isnan(density.crps(np.array([[np.nan]], dtype)))
+    loc = tf.constant(base.loc)
+    with tf.GradientTape() as tape:
+        tape.watch([variable, loc])
+        score = Transformed(mdn.GaussianMixture(base.logits, loc, base.scale_tril), tfb.Exp())
+        total = tf.reduce_sum(score.crps(variable))
+    by_y, by_loc = tape.gradient(total, [variable, loc])
+    np.testing.assert_allclose(by_y, 2.0 * density.cdf(variable) - 1.0, rtol=1e-6)
+
+    def at(h):
+        moved = base.loc + np.array([[0.0], [h], [0.0]], dtype)
+        moved = Transformed(mdn.GaussianMixture(base.logits, moved, base.scale_tril), tfb.Exp())
+        return float(tf.reduce_sum(moved.crps(variable)))
+
+    if dtype == np.float64:
+        assert float(by_loc[1, 0]) == pytest.approx((at(1e-5) - at(-1e-5)) / 2e-5, rel=1e-6)
+
+
+def test_energy_loss_of_transformed_targets_is_that_of_draws_with_its_gradient():
+    base = random_mixture(np.random.default_rng(2), [2], 2, 2)
+    density = Transformed(base, PerTarget([tfb.Exp(), None]))
+    y = np.array([[1.0, 0.3], [np.nan, -1.0]])
+    scores = [Energy(400, seed)(tf.constant(y), density).numpy() for seed in range(20)]
+    found, error = np.mean(scores, axis=0), np.std(scores, axis=0) / np.sqrt(20)
+    exact = np.mean([density.energy_score(y, 20_000, seed=seed) for seed in range(5)], axis=0)
+    spread = np.std([density.energy_score(y, 20_000, seed=seed) for seed in range(5)], axis=0)
+    assert (np.abs(found - exact) < 5.0 * np.hypot(error, spread)).all()
+    logits = tf.constant(base.logits)
+    with tf.GradientTape() as tape:
+        tape.watch(logits)
+        moved = mdn.GaussianMixture(logits, base.loc, base.scale_tril)
+        score = Energy(64)(tf.constant(y), Transformed(moved, density.bijector))
+    assert (np.abs(tape.gradient(score, logits)) > 1e-4).all()
+    one = density.marginal(0)
+    np.testing.assert_allclose(
+        Energy(3)(tf.constant(y[:1, :1]), one[:1]), one[:1].crps(y[:1, :1])[:, 0]
+    )
+
+
+@pytest.mark.parametrize("transform", ["log", ["box_cox", None], tfb.Softplus()])
+def test_margins_and_conditionals_are_transformed_again(transform):
+    head = mdn.heads.Mixture(2, 2, target_transform=transform, dtype="float64")
+    y = np.random.default_rng(3).gamma(2.0, size=[40, 2])
+    head.adapt(y)
+    density = head.distribution(
+        tf.constant(np.random.default_rng(4).normal(size=[40, head.params_size]))
+    )
+    joint = density.log_prob(y).numpy()
+    for first in (0, 1):
+        margin, rest = density.marginal(first), density.condition({first: y[:, first]})
+        parts = margin.log_prob(y[:, [first]]) + rest.log_prob(y[:, [1 - first]])
+        np.testing.assert_allclose(parts, joint, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(density.marginal([1, 0]).log_prob(y[:, ::-1]), joint, rtol=1e-9)
+    np.testing.assert_allclose(density.reduce(2).mixture.log_prob(y), joint, rtol=1e-9)
+    np.testing.assert_allclose(density.prune(0.0).log_prob(y), joint, rtol=1e-9)
+    entropy = density.entropy_estimate(4000, seed=1)
+    draws = -density.log_prob(density.sample(4000, seed=2)).numpy()
+    error = np.hypot(draws.std(axis=0) / np.sqrt(4000), entropy.standard_error)
+    assert (np.abs(entropy.estimate - draws.mean(axis=0)) < 5.0 * error).all()
+
+
+def test_slices_and_copies_keep_the_transform():
+    base = random_mixture(np.random.default_rng(1), [4], 2, 2)
+    density = Transformed(base, tfb.Exp())
+    y = np.exp(np.random.default_rng(2).normal(size=[4, 2]))
+    whole = density.log_prob(y).numpy()
+    np.testing.assert_allclose(density[1:3].log_prob(y[1:3]), whole[1:3])
+    np.testing.assert_allclose(density[..., tf.newaxis].log_prob(y[:, None])[:, 0], whole)
+    np.testing.assert_allclose(density.copy().log_prob(y), whole)
+    other = density.copy(distribution=base[:2])
+    np.testing.assert_allclose(other.log_prob(y[:2]), whole[:2])
+
+
+def test_mixtures_of_transformed_densities_keep_the_transform():
+    one, two = (random_mixture(np.random.default_rng(seed), [3], 2, 2) for seed in (1, 2))
+    u = np.random.default_rng(3).normal(size=[3, 2])
+    for a, b in ((tfb.Exp(), tfb.Exp()), [PerTarget([tfb.Exp(), None])] * 2):
+        mixture = mdn.mixture_of([Transformed(one, a), Transformed(two, b)], weights=[1.0, 3.0])
+        assert isinstance(mixture, Transformed)
+        expected = mdn.mixture_of([one, two], weights=[1.0, 3.0]).log_prob(u)
+        np.testing.assert_allclose(mixture.distribution.log_prob(u), expected)
+    with pytest.raises(mdn.MDNError, match="different target transforms have no mixture"):
+        mdn.mixture_of([Transformed(one, tfb.Exp()), Transformed(two, tfb.Softplus())])
+    with pytest.raises(mdn.MDNError, match="different target transforms have no mixture"):
+        mdn.mixture_of([Transformed(one, tfb.Exp()), two])

@@ -15,16 +15,21 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.speed.contenders import CONTENDERS, MDN
+from benchmarks.speed.report import Results, markdown
+from benchmarks.speed.workloads import ROWS, WORKLOADS
 from mdn.cli.quiet import import_tensorflow
 
-import_tensorflow()
-
-from benchmarks.speed import sections  # noqa: E402
-from benchmarks.speed.contenders import CONTENDERS, MDN  # noqa: E402
-from benchmarks.speed.report import Results, markdown  # noqa: E402
-from benchmarks.speed.workloads import ROWS, WORKLOADS  # noqa: E402
-
-SECTIONS = ("race", "precision", "cost", "memory", "ensembles", "streaming", "inference")
+SECTIONS = (
+    "race",
+    "precision",
+    "profile",
+    "cost",
+    "memory",
+    "ensembles",
+    "streaming",
+    "inference",
+)
 BASE = "M"  # what cost, ensembles, streaming and inference are measured on
 OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
@@ -32,37 +37,44 @@ OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; return 1 where the contenders do not agree on the loss."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    # Here and not above: each worker imports this module, and JAX's need no TensorFlow.
+    import_tensorflow()
+    from benchmarks.speed import sections
+
     warnings.filterwarnings("ignore")
     logging.getLogger("jax").setLevel(logging.ERROR)
     results = Results(_command(options), options.repeats)
     contenders = [c for c in CONTENDERS if c.key in options.contenders]
     chosen = [dataclasses.replace(WORKLOADS[n], rows=options.rows) for n in options.workloads]
     base = dataclasses.replace(WORKLOADS[BASE], rows=options.rows)
+
+    def save() -> None:  # as it goes, so that a long run that is stopped has not run in vain
+        if options.json is not None:
+            results.write_json(options.json)
+        if options.output is not None:
+            results.write(options.output)
+
     for workload in chosen:
         if "race" in options.sections:
             entrants, found = sections.compete(workload, contenders, options.repeats)
             results.race[workload.name] = entrants
             results.disagreements += found
+            save()
         if "precision" in options.sections:
             entrants, found = sections.precision(workload, options.repeats)
             if entrants:
                 results.precision[workload.name] = entrants
             results.disagreements += found
+        if "profile" in options.sections:
+            results.profile[workload.name] = sections.profile(workload)
         if "memory" in options.sections:
             results.memory[workload.name] = sections.peaks(workload, contenders)
-    if "cost" in options.sections:
-        results.cost = sections.cost(base, options.repeats)
-    if "ensembles" in options.sections:
-        results.ensembles = sections.ensembles(base, options.repeats)
-    if "streaming" in options.sections:
-        results.streaming = sections.streaming(base, options.repeats)
-    if "inference" in options.sections:
-        results.inference = sections.inference(base, options.repeats)
+        save()
+    for section in ("cost", "ensembles", "streaming", "inference"):
+        if section in options.sections:
+            setattr(results, section, getattr(sections, section)(base, options.repeats))
+            save()
     print(markdown(results))
-    if options.json is not None:
-        results.write_json(options.json)
-    if options.output is not None:
-        results.write(options.output)
     for line in results.disagreements:
         print(f"not the same model: {line}", file=sys.stderr)
     ours = [e for entrants in results.race.values() for e in entrants if e.key == MDN.key]

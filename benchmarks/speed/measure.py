@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import random
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.speed.workers import Worker, WorkerError
 from benchmarks.speed.workloads import Workload
 
 # Of the loss before training, which float32 and another order of sums may change a little.
@@ -42,7 +42,7 @@ class Entrant:
         key: its name among the entrants.
         label: its name in the tables.
         workload: what it trains on.
-        make: returns the runner, see `benchmarks.speed.contenders.Runner`.
+        make: returns the runner, see `benchmarks.speed.workers.Worker`.
         first_seconds: to make it and train for the first time, all compilation included.
         microseconds: of a train step, one number for each round.
         start_loss: of the first rows under the starting weights, if it has such a loss.
@@ -80,44 +80,49 @@ class Entrant:
 def race(entrants: Sequence[Entrant], repeats: int) -> None:
     """Train all entrants in turn, in another order each round, and write down the times.
 
-    Each trains the same number of epochs: once untimed, to compile, and once a round. One that
-    raises is out, and its `failure` says why.
+    Each has a process of its own and trains the same number of epochs: once untimed, to compile,
+    and once a round. One that raises is out, and its `failure` says why.
     """
-    runners: dict[int, Any] = {}
-    for i, entrant in enumerate(entrants):
-        _say(f"{entrant.workload.name}: {entrant.label}")
-        begun = time.perf_counter()
+    workers: dict[int, Worker] = {}
+
+    def run(i: int, act: Callable[[], None]) -> None:
         try:
-            runner = entrant.make()
-            spent = time.perf_counter() - begun
-            if hasattr(runner, "loss"):
-                entrant.start_loss = runner.loss(min(START_ROWS, entrant.workload.rows))
-            begun = time.perf_counter()
-            runner.train(entrant.workload.epochs)
-        except Exception as error:  # whatever a peer may raise
-            _fail(entrant, error)
-            continue
-        entrant.first_seconds = spent + time.perf_counter() - begun
-        runners[i] = runner
-    order = random.Random(0)
-    for repeat in range(repeats):
-        _say(f"round {repeat + 1} of {repeats}")
-        for i in order.sample(list(runners), len(runners)):
-            workload = entrants[i].workload
-            steps = getattr(runners[i], "steps", workload.steps)
-            gc.collect()
-            begun = time.perf_counter()
-            try:
-                runners[i].train(workload.epochs)
-            except Exception as error:
-                _fail(entrants[i], error)
-                del runners[i]
-                continue
-            seconds = time.perf_counter() - begun
-            entrants[i].microseconds.append(1e6 * seconds / (workload.epochs * steps))
-    for i, runner in runners.items():
-        if hasattr(runner, "loss"):
-            entrants[i].final_loss = runner.loss(entrants[i].workload.rows)
+            act()
+        except WorkerError as error:
+            entrants[i].failure = str(error)
+            _say(f"  {error}")
+            if i in workers:
+                workers.pop(i).close()
+
+    def start(i: int) -> None:
+        entrant = entrants[i]
+        worker = workers[i] = Worker(entrant.make)
+        entrant.start_loss = worker.loss(min(START_ROWS, entrant.workload.rows))
+        entrant.first_seconds = worker.make_seconds + worker.train(entrant.workload.epochs)
+
+    def train(i: int) -> None:
+        workload = entrants[i].workload
+        steps = workers[i].steps(workload.steps)
+        seconds = workers[i].train(workload.epochs)
+        entrants[i].microseconds.append(1e6 * seconds / (workload.epochs * steps))
+
+    def finish(i: int) -> None:
+        entrants[i].final_loss = workers[i].loss(entrants[i].workload.rows)
+
+    try:
+        for i, entrant in enumerate(entrants):
+            _say(f"{entrant.workload.name}: {entrant.label}")
+            run(i, partial(start, i))
+        order = random.Random(0)
+        for repeat in range(repeats):
+            _say(f"round {repeat + 1} of {repeats}")
+            for i in order.sample(list(workers), len(workers)):
+                run(i, partial(train, i))
+        for i in list(workers):
+            run(i, partial(finish, i))
+    finally:
+        for worker in workers.values():
+            worker.close()
 
 
 def disagreements(entrants: Sequence[Entrant], reference: float) -> list[str]:
@@ -142,20 +147,6 @@ def disagreements(entrants: Sequence[Entrant], reference: float) -> list[str]:
                 f"median of all, {np.median(losses):.4f}"
             )
     return found
-
-
-def _fail(entrant: Entrant, error: Exception) -> None:
-    if isinstance(error, ModuleNotFoundError):
-        entrant.failure = not_installed(error)
-    else:
-        lines = str(error).strip().splitlines() or [""]
-        entrant.failure = f"{type(error).__name__}: {lines[0][:200]}"
-    _say(f"  {entrant.failure}")
-
-
-def not_installed(error: ModuleNotFoundError) -> str:
-    """Return what to do about a package that is not there."""
-    return f"{error.name} is not installed: pip install -e '.[speed]'"
 
 
 def _say(line: str) -> None:

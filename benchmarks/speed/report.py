@@ -40,6 +40,7 @@ class Results:
         race: workload -> entrants of the main table, the bare network last.
         precision: workload -> entrants whose triangles are factors of the precision.
         disagreements: what shows that two of them did not train the same model.
+        profile: workload -> what `benchmarks.speed.operations.measure` found.
         cost: size -> entrants that double it, the base first.
         memory: workload -> label -> MiB, see `benchmarks.speed.memory.measure`.
         ensembles: of 1, 5 and 20 members.
@@ -52,6 +53,7 @@ class Results:
     race: dict[str, list[Entrant]] = dataclasses.field(default_factory=dict)
     precision: dict[str, list[Entrant]] = dataclasses.field(default_factory=dict)
     disagreements: list[str] = dataclasses.field(default_factory=list)
+    profile: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     cost: dict[str, list[Entrant]] = dataclasses.field(default_factory=dict)
     memory: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     ensembles: list[Entrant] = dataclasses.field(default_factory=list)
@@ -118,11 +120,13 @@ def markdown(results: Results, image: str = "") -> str:
         f"Measured by `{results.command}` on {machine['processor']}, {machine['cores']} cores, "
         f"{machine['system']}; {versions}. Load before the start: {machine['load']}.\n\n"
         f"Medians of {results.repeats} rounds, with the least and the greatest. In a round all "
-        "contenders train in turn, in one process and in another order each time; ratios are "
-        "taken within a round.\n"
+        "contenders train in turn, in another order each time, each in a process of its own that "
+        "is idle otherwise; ratios are taken within a round.\n"
     ]
     if results.race:
         parts += [_times(results, image), _bars(results), _losses(results)]
+    if results.profile:
+        parts.append(_profile(results))
     if results.cost:
         parts.append(_cost(results.cost))
     if results.memory:
@@ -231,6 +235,33 @@ def _losses(results: Results) -> str:
         f"NumPy (relative tolerance {START_TOLERANCE:g}), and train as many epochs, each in an "
         f"order of its own (tolerance {fixed:g} + {per_target:g} D nats about the median). "
         f"{verdict}\n"
+    )
+
+
+def _profile(results: Results) -> str:
+    names = list(results.profile)
+    rows = {
+        "a step of `mdn`": "step",
+        "its matrix products": "products",
+        "its other operations": "others",
+    }
+    lines = [
+        [label, *(f"{results.profile[name][key]:,.0f}" for name in names)]
+        for label, key in rows.items()
+    ]
+    lines.insert(
+        3, ["how many operations", *(f"{results.profile[n]['operations']:.0f}" for n in names)]
+    )
+    peers = {name: best_peer(results.race.get(name, [])) for name in names}
+    if any(peers.values()):
+        lines.append(
+            ["a whole step of the best peer", *(_microseconds(p) for p in peers.values())]
+        )
+    return (
+        "## Where a step's time goes, microseconds\n\n"
+        f"{_table(['', *names], lines)}\n"
+        "By TensorFlow's profiler, which adds a part of a microsecond to each operation, and to "
+        "those that two threads share more.\n"
     )
 
 

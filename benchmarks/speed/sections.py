@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import mdn
-from benchmarks.speed import ours
+from benchmarks.speed import operations, ours
 from benchmarks.speed.contenders import NETWORK, PRECISION, Contender
-from benchmarks.speed.measure import START_ROWS, Entrant, disagreements, not_installed, race
+from benchmarks.speed.measure import START_ROWS, Entrant, disagreements, race
+from benchmarks.speed.workers import not_installed
 from benchmarks.speed.workloads import Problem, Workload, draw, reference_loss
 from mdn.data.records import TFRecord
 from mdn.data.tabular import Parquet
@@ -51,6 +52,15 @@ def precision(workload: Workload, repeats: int) -> tuple[list[Entrant], list[str
     return entrants, disagreements(entrants, reference_loss(problem, rows, precision=True))
 
 
+def profile(workload: Workload) -> dict[str, float]:
+    """Return what a step of `mdn` spends its time on, see `benchmarks.speed.operations`."""
+    problem = ours.with_start(draw(workload))
+    runner = ours.Ours(problem)
+    return operations.measure(
+        partial(runner.train, workload.epochs), workload.epochs * workload.steps
+    )
+
+
 def cost(base: Workload, repeats: int) -> dict[str, list[Entrant]]:
     """Double N, K and D in turn; return the entrants for each, the base first."""
     sizes = {"N": "rows", "K": "components", "D": "targets"}
@@ -74,7 +84,7 @@ def _sized(workload: Workload) -> Entrant:
         workload.name,
         "mdn",
         workload,
-        lambda: ours.Ours(ours.with_start(draw(workload))),
+        partial(ours.Ours, ours.with_start(draw(workload))),
     )
 
 
@@ -133,7 +143,7 @@ def inference(workload: Workload, repeats: int) -> list[Entrant]:
     )
     problem = ours.with_start(draw(workload))
     entrants = [
-        Entrant("forward", "the bare network", workload, lambda: ours.Forward(problem)),
+        Entrant("forward", "the bare network", workload, partial(ours.Forward, problem)),
         *(
             Entrant(question, f"`{question}`", workload, partial(ours.Scores, problem, question))
             for question in ("log_prob", "predict")
@@ -144,6 +154,5 @@ def inference(workload: Workload, repeats: int) -> list[Entrant]:
 
 
 def _entrant(contender: Contender, problem: Problem) -> Entrant:
-    return Entrant(
-        contender.key, contender.label, problem.workload, lambda: contender.make(problem)
-    )
+    make = partial(contender.make, problem)
+    return Entrant(contender.key, contender.label, problem.workload, make)

@@ -200,5 +200,16 @@ class Checkpoint(tf_keras.callbacks.Callback):
         self._best_weights = best or None
 
 
+def read_history(directory: str | os.PathLike[str]) -> dict[str, list[float]]:
+    """Return the history of the newest whole checkpoint, empty where there is none."""
+    for path in _newest_first(Path(directory)):
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                return Progress(**json.loads(str(archive["progress"]))).history
+        except _DAMAGE:
+            continue
+    return {}
+
+
 def _newest_first(directory: Path) -> list[Path]:
     return sorted(directory.glob("epoch-*.npz"), reverse=True)

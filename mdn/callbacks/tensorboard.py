@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from mdn.base import TrainedModel
 from mdn.callbacks.panels import DensityPanels, Panels
@@ -29,6 +31,8 @@ class TensorBoard(tf_keras.callbacks.Callback):
     components/effective (the mean over the rows of exp(entropy of the weights), between 1 and K),
     the histograms components/weights and components/scales, the image density, and once the graph.
     A VAE has the components of its prior, and the images samples, reconstructions and latent.
+    A run adds, in `test/` and once it is finished, the images calibration and, of a simulator,
+    sbc: see `write_pictures`.
 
     Args:
         log_dir: where to write.
@@ -123,9 +127,45 @@ class TensorBoard(tf_keras.callbacks.Callback):
         if self.panels is None:
             return
         for tag, figure in self.panels.figures(self.model).items():
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()
-            pixels = np.asarray(canvas.buffer_rgba())[np.newaxis, ..., :3]
             with self._writer("train").as_default(step=self._epochs):
-                tf.summary.image(tag, pixels)
+                tf.summary.image(tag, _pixels(figure))
         self._imaged = self._epochs
+
+
+def write_curve(
+    log_dir: str | os.PathLike[str], curve: Mapping[int, Mapping[str, float]], figure: Figure
+) -> None:
+    """Write scalars whose step is no epoch, and a picture of them, in place of earlier ones.
+
+    Args:
+        log_dir: where to write.
+        curve: step -> name -> value.
+        figure: the picture.
+    """
+    if Path(log_dir).is_dir():  # of a run that was killed hereafter
+        shutil.rmtree(log_dir)
+    with tf.summary.create_file_writer(str(log_dir)).as_default():
+        for step, values in curve.items():
+            for name, value in values.items():
+                tf.summary.scalar(name, value, step)
+        tf.summary.image("selection", _pixels(figure), step=max(curve))
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    """Return a picture of the figure, [1, height, width, 3] bytes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[np.newaxis, ..., :3]
+
+
+def write_pictures(log_dir: Path, paths: Iterable[Path], step: int) -> None:
+    """Write PNG files that are there as images, under their names, to one event file."""
+    writer = None
+    for path in paths:
+        if path.is_file():
+            writer = writer or tf.summary.create_file_writer(str(log_dir))
+            with writer.as_default(step=step):
+                pixels = tf.io.decode_png(path.read_bytes(), channels=3)
+                tf.summary.image(path.stem, pixels[tf.newaxis])
+    if writer is not None:
+        writer.close()

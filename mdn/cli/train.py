@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,12 +13,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mdn.cli import LAUNCHED
+from mdn.cli.failure import INTERRUPTED, fail
 from mdn.cli.quiet import import_tensorflow
 from mdn.config import check_config, compose_config, config_dir
 from mdn.errors import MDNError
 from mdn.options import FITTED
-
-FAILED, INTERRUPTED = 2, 130
 
 
 def main() -> None:
@@ -30,9 +28,9 @@ def main() -> None:
             compose_config(overrides)
         hydra.main(str(config_dir()), "config", version_base="1.3")(_job)()
     except MDNError as error:
-        _fail(error, FAILED)
+        fail(error)
     except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
+        fail("interrupted", INTERRUPTED)
 
 
 def _job(config: DictConfig) -> float | None:
@@ -61,9 +59,9 @@ def _job(config: DictConfig) -> float | None:
                 metrics = train(config, overrides, launched)
             return metrics.get("test/nll")
         except InterruptedRunError as error:
-            _fail(error, INTERRUPTED)
+            fail(error, INTERRUPTED)
     except MDNError as error:
-        _fail(error, FAILED)
+        fail(error)
 
 
 def _place(config: DictConfig) -> None:
@@ -74,8 +72,3 @@ def _place(config: DictConfig) -> None:
             config.output_dir = hydra_config.runtime.output_dir
         else:
             config.output_dir = str(Path(config.output_dir) / str(hydra_config.job.num))
-
-
-def _fail(error: object, code: int) -> NoReturn:
-    print(f"error: {error}" if code == FAILED else error, file=sys.stderr, flush=True)
-    sys.exit(code)

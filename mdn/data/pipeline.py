@@ -57,6 +57,7 @@ def training_batches(
     chunk: int | None = None,
     complete: bool = False,
     members: np.ndarray | None = None,
+    steps: int | None = None,
 ) -> Batches:
     """Return an endless stream of shuffled batches.
 
@@ -75,10 +76,15 @@ def training_batches(
         complete: see `Batches`.
         members: [M, n], the row numbers of each member of an ensemble. Member m sees the batches
             that it would see alone with seed + m.
+        steps: batches an epoch, in place of a pass over the rows; passes then go on from one epoch
+            into the next, and each leaves out the rows that do not fill a batch.
     """
     filler = len(arrays[0])
     n = filler if members is None else members.shape[1]
-    steps = n // batch_size if drop_remainder else math.ceil(n / batch_size)
+    whole = n // batch_size  # batches of a pass
+    passes = 1 if steps is None else math.ceil(steps / whole) + 1  # that an epoch may touch
+    if steps is None:
+        steps = whole if drop_remainder else math.ceil(n / batch_size)
     chunk = min(chunk or chunk_size(steps, _batch_bytes(arrays, batch_size, members)), steps)
     tensors = _with_filler(arrays)
     own = [None] if members is None else [tf.constant(rows, tf.int32) for rows in members]
@@ -86,7 +92,14 @@ def training_batches(
     def order(epoch: tf.Tensor) -> tf.data.Dataset:
         orders = []
         for m, rows in enumerate(own):
-            places = epoch_rows(n, None if seed is None else seed + m, epoch)
+            own_seed = None if seed is None else seed + m
+            if passes == 1:
+                places = epoch_rows(n, own_seed, epoch)
+            else:
+                first, skipped = epoch * steps // whole, epoch * steps % whole
+                parts = [epoch_order(n, batch_size, own_seed, first + i) for i in range(passes)]
+                places = tf.reshape(tf.concat(parts, 0)[skipped : skipped + steps], [-1])
+                places = tf.ensure_shape(places, [steps * batch_size])
             places = places[: steps * batch_size]
             orders.append(places if rows is None else tf.gather(rows, places))
         chunks = _chunked(orders, filler, batch_size, chunk, members is not None)
@@ -137,7 +150,7 @@ def epoch_rows(n: int, seed: int | None, epoch: int | tf.Tensor) -> tf.Tensor:
     return tf.random.experimental.stateless_shuffle(rows, seed=key)
 
 
-def epoch_order(n: int, batch_size: int, seed: int, epoch: int | tf.Tensor) -> tf.Tensor:
+def epoch_order(n: int, batch_size: int, seed: int | None, epoch: int | tf.Tensor) -> tf.Tensor:
     """Return the rows of each whole batch of an epoch, [n // B, B]."""
     steps = n // batch_size
     return tf.reshape(epoch_rows(n, seed, epoch)[: steps * batch_size], [steps, batch_size])

@@ -35,3 +35,14 @@ def float32_step(y: np.ndarray) -> float:
     Targets are float32 in the network, which puts them on a grid of their own.
     """
     return float(np.spacing(np.float32(np.nanmax(np.abs(y)))))
+
+
+def grid_steps(y: np.ndarray) -> np.ndarray:
+    """Return the step of the grid that each target of y [N, D] stands on: [D], zero for none."""
+    return np.array([resolution(column) for column in y.T])
+
+
+def spread_over_cells(y: np.ndarray, step: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return y + U(-step/2, step/2), [N, D]: points of the cells that were rounded to y."""
+    rng = np.random.default_rng([seed, 0x67726964])
+    return y + step * (rng.uniform(size=y.shape) - 0.5)

@@ -38,6 +38,42 @@ class Rows:
         weight, label = (a if a is None else a[index] for a in (self.weight, self.label))
         return Rows(x, self.y[index], weight, label)
 
+    def append(self, other: Rows) -> Rows:
+        """Return these rows with others of the same source behind them."""
+
+        def join(one: np.ndarray | None, two: np.ndarray | None) -> np.ndarray | None:
+            return None if one is None or two is None else np.concatenate([one, two])
+
+        if isinstance(self.x, dict):
+            x: Any = {name: np.concatenate([v, other.x[name]]) for name, v in self.x.items()}
+        else:
+            x = np.concatenate([self.x, other.x])
+        y = np.concatenate([self.y, other.y])
+        return Rows(x, y, join(self.weight, other.weight), join(self.label, other.label))
+
+
+def find_counted(rows: Rows) -> np.ndarray:
+    """Return which rows, [N], or which steps, [N, T], have a weight and an observed target."""
+    counted = ~np.isnan(rows.y).all(axis=-1)
+    if rows.y.ndim == 3:
+        counted &= ~np.isnan(np.asarray(rows.x)).all(axis=-1)  # a step without features is padding
+    if rows.weight is not None:
+        counted &= rows.weight.reshape(-1, *[1] * (counted.ndim - 1)) > 0
+    return counted
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnNames:
+    """What the columns of x and y are called; empty where nobody said.
+
+    Attributes:
+        features: F names.
+        targets: D names.
+    """
+
+    features: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+
 
 class Truth(Protocol):
     """The known density of a simulator."""

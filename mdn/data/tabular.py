@@ -127,10 +127,14 @@ class Table(abc.ABC):
             raise DataError(
                 "data.targets is not set: name the columns to predict, data.targets=[...]"
             )
-        return files, list(self.targets), self._choose_features(self._common_names(files))
+        return files, list(self.targets), self._choose_features(self.common_names(files))
 
-    def _common_names(self, files: list[Path]) -> list[str]:
-        """Return the column names of the first file, which all the others have too."""
+    def common_names(self, files: list[Path]) -> list[str]:
+        """Return the column names of the first file, which all the others have too.
+
+        Raises:
+            DataError: they have not, or a file cannot be read or has two columns of one name.
+        """
         first: list[str] = []
         for file in files:
             names = attempt(self.kind, file, self._names)
@@ -310,8 +314,19 @@ class Parquet(Table):
             return stream.read(columns).to_pandas(ignore_metadata=True)[columns]
 
 
-def find_files(path: str | None, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the files that a path stands for, sorted by name."""
+def find_files(
+    path: str | None, suffixes: tuple[str, ...], label: str = "data.path="
+) -> list[Path]:
+    """Return the files that a path stands for, sorted by name.
+
+    Args:
+        path: a file, a folder or a glob.
+        suffixes: of the files that are taken from a folder.
+        label: what the path stands behind in messages.
+
+    Raises:
+        DataError: there is no such file.
+    """
     if not path:
         raise DataError(
             "data.path is not set: give a file, a folder or a glob, "
@@ -321,13 +336,13 @@ def find_files(path: str | None, suffixes: tuple[str, ...]) -> list[Path]:
     if place.is_dir():
         files = [f for f in sorted(place.iterdir()) if f.name.endswith(suffixes)]
         if not files:
-            raise DataError(f"data.path={path} is a folder with no {' or '.join(suffixes)} file")
+            raise DataError(f"{label}{path} is a folder with no {' or '.join(suffixes)} file")
         return files
     if place.exists():
         return [place]
     files = [Path(f) for f in sorted(glob.glob(str(place), recursive=True)) if Path(f).is_file()]
     if not files:
-        raise DataError(f"data.path={path} matches no file: check the path")
+        raise DataError(f"{label}{path} matches no file: check the path")
     return files
 
 

@@ -145,35 +145,3 @@ def linear(parameters: MixtureParameters, matrix: Any, shift: Any = None) -> Mix
         loc += _event(shift, loc)[..., tf.newaxis, :]
     factor = lower_factor(tf.linalg.matrix_transpose(matrix @ scale_tril))
     return broadcast(MixtureParameters(logits, loc, factor))
-
-
-def join(
-    parts: Sequence[MixtureParameters], log_shares: Sequence[tf.Tensor], scale_rank: int = 3
-) -> MixtureParameters:
-    """Return the mixture of mixtures whose logits are those of the parts plus log shares [..].
-
-    Args:
-        parts: batches that broadcast.
-        log_shares: one for each part.
-        scale_rank: of a scale without its batch: 3, or 2 where they are diagonals [.., K, D].
-    """
-    shape = tf.TensorShape([])
-    shared = []
-    for part, share in zip(parts, log_shares, strict=True):
-        logits = part.logits + share[..., tf.newaxis]
-        shared.append(broadcast(part._replace(logits=logits), scale_rank))
-        shape = tf.broadcast_static_shape(shape, shared[-1].logits.shape[:-1])
-    ranks = (1, 2, scale_rank)
-    if shape.is_fully_defined():
-        shared = [
-            MixtureParameters(
-                *(
-                    tf.broadcast_to(t, [*shape, *t.shape[-r:]])
-                    for r, t in zip(ranks, part, strict=True)
-                )
-            )
-            for part in shared
-        ]
-    return MixtureParameters(
-        *(tf.concat(t, axis=-r) for r, t in zip(ranks, zip(*shared, strict=True), strict=True))
-    )

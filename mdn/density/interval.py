@@ -1,7 +1,4 @@
-"""Probabilities of intervals under normals, in logs, exact to rounding in both tails.
-
-Shape letters: D event size, K components.
-"""
+"""Probabilities of intervals under normals, in logs, exact to rounding in both tails."""
 
 from __future__ import annotations
 
@@ -9,79 +6,54 @@ import numpy as np
 import tensorflow as tf
 
 from mdn.density.gaussian import LOG_2_PI
-from mdn.density.mixture import DiagGaussianMixture
-from mdn.density.normal import MultivariateNormalDiag
-from mdn.density.queries import Queries
 from mdn.density.univariate import log_ndtr
-from mdn.errors import ConfigError
 
-# Intervals over which a density changes by less than a factor of e or so: for these, 8 nodes are
-# exact to float64's rounding.
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(8)
+# Of Gauss-Legendre's rule over intervals over which a density changes by less than a factor of e
+# or so: exact to the rounding of the dtype.
+_NODES = {tf.float32: 4, tf.float64: 8}
 
-_FARTHEST = 1e18  # standard deviations: the square is a float32
+FARTHEST = 1e18  # standard deviations: the square is a float32
 
 
-def log_interval(middle: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
-    """Return log(Phi(middle + width / 2) - Phi(middle - width / 2)) of the standard normal.
+def log_interval(low: tf.Tensor, high: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+    """Return log(Phi(high) - Phi(low)) of the standard normal.
 
     The difference of two logs of Phi loses its digits where the interval is narrow; there the
     density is integrated by Gauss-Legendre's rule, in logs. Elsewhere the logs are those of the
     nearer tail, where they keep their digits.
 
     Args:
-        middle: [..].
-        width: [..], positive, of the same shape.
+        low: [..], also infinite.
+        high: [..], also infinite.
+        width: [..], high - low, which may be known to more digits than the difference has.
 
     Returns:
         [..], nats.
     """
-    one = tf.ones_like(middle)
-    distance = tf.abs(middle)
-    narrow = width * tf.maximum(distance, one) < one
+    dtype = low.dtype
     # Each branch is computed of harmless numbers where the other is taken, for its gradient.
+    low, high, width = (_within(one, FARTHEST) for one in (low, high, width))
+    one = tf.ones_like(width)
+    middle = 0.5 * low + 0.5 * high
+    narrow = width * tf.maximum(tf.abs(middle), one) < one
     half = 0.5 * tf.where(narrow, width, one)
     centre = tf.where(narrow, middle, tf.zeros_like(middle))
     terms = [
         np.log(weight) - 0.5 * tf.square(centre + node * half)
-        for node, weight in zip(_NODES, _WEIGHTS, strict=True)
+        for node, weight in zip(*np.polynomial.legendre.leggauss(_NODES[dtype]), strict=True)
     ]
     integral = tf.reduce_logsumexp(tf.stack(terms), axis=0) + tf.math.log(half) - 0.5 * LOG_2_PI
-    distance = tf.clip_by_value(tf.where(narrow, one, distance), 0.0, _FARTHEST)
-    width = tf.clip_by_value(tf.where(narrow, one, width), 0.0, _FARTHEST)
-    near, far = 0.5 * width - distance, -0.5 * width - distance  # Phi(near) - Phi(far)
+    below = middle > 0.0  # which is as far as above from zero on the other side
+    near = tf.where(narrow, one, tf.where(below, -low, high))
+    far = tf.where(narrow, -one, tf.where(below, -high, low))
     log_near, log_far = log_ndtr(near), log_ndtr(far)
     # log Phi falls at least as fast as -x^2 / 2, also where rounding says that it does not; and
     # beyond 80 there is no digit left of the further tail.
-    gap = tf.maximum(log_near - log_far, distance * width)
-    gap = tf.minimum(gap, 80.0 * one)
+    least = tf.where(narrow, one, tf.abs(middle) * width)
+    gap = tf.minimum(tf.maximum(log_near - log_far, least), 80.0 * one)
     return tf.where(narrow, integral, log_near + tf.math.log(-tf.math.expm1(-gap)))
 
 
-def log_cell(density: Queries, y: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-    """Return log P(y - step / 2 < Y < y + step / 2), the box around each row of y.
-
-    Args:
-        density: a normal or a mixture, batch [..], with one target or diagonal covariances.
-        y: [.., D], NaN marks a missing entry, whose side of the box is the whole line.
-        step: [D], positive.
-
-    Returns:
-        [..], nats.
-
-    Raises:
-        ConfigError: the density has several targets and full covariances, under which a box has
-            no closed form.
-    """
-    if y.shape[-1] != 1 and not isinstance(density, MultivariateNormalDiag | DiagGaussianMixture):
-        raise ConfigError(
-            f"the probability of a box of {y.shape[-1]} targets has no closed form under full "
-            "covariances: use model=mixture_diag or model=diag, or one target"
-        )
-    logits, loc, scale_tril = density.mixture_parameters()
-    scale = tf.linalg.diag_part(scale_tril)  # [.., K, D]
-    missing = tf.math.is_nan(y)[..., tf.newaxis, :]
-    z = (tf.where(missing, loc, y[..., tf.newaxis, :]) - loc) / scale
-    log_sides = log_interval(z, step / scale + tf.zeros_like(z))
-    log_box = tf.reduce_sum(tf.where(missing, tf.zeros_like(z), log_sides), axis=-1)  # [.., K]
-    return tf.reduce_logsumexp(tf.nn.log_softmax(logits) + log_box, axis=-1)
+def _within(value: tf.Tensor, farthest: float) -> tf.Tensor:
+    """Return numbers cut to finite ones, which have no gradient there."""
+    return tf.clip_by_value(value, -farthest, farthest)

@@ -31,6 +31,7 @@ from mdn.density.normal import one_component
 from mdn.density.parameters import MixtureParameters
 from mdn.density.queries import Queries
 from mdn.density.targets import check_event
+from mdn.density.univariate import Margins
 
 
 def low_rank_log_prob(
@@ -195,6 +196,17 @@ class MultivariateNormalLowRank(Queries, tfd.MultivariateNormalDiagPlusLowRankCo
     def mixture_parameters(self) -> MixtureParameters:
         return one_component(self.loc, self.scale_tril)
 
+    def as_mixture(self) -> LowRankGaussianMixture:
+        loc = self.loc[..., tf.newaxis, :]
+        scale_diag, factor = (
+            self.scale_diag[..., tf.newaxis, :],
+            self.factor[..., tf.newaxis, :, :],
+        )
+        return LowRankGaussianMixture(tf.zeros_like(loc[..., 0]), loc, scale_diag, factor)
+
+    def _margins(self) -> Margins:
+        return self.as_mixture()._margins()
+
 
 class LowRankGaussianMixture(GaussianMixture):
     """A `GaussianMixture` that stores and evaluates low-rank covariances, O(K D R) numbers.
@@ -242,3 +254,8 @@ class LowRankGaussianMixture(GaussianMixture):
     def factor(self) -> tf.Tensor:
         """[.., K, D, R], W: what the targets share has the covariance W W^T."""
         return self.components_distribution.factor
+
+    def _margins(self) -> Margins:
+        """Return the margins without `scale_tril`, which takes O(D^3)."""
+        parts = tf.concat([self.scale_diag[..., tf.newaxis], self.factor], axis=-1)
+        return Margins.of_rows(self.logits, self.loc, parts)

@@ -5,8 +5,6 @@ Shape letters: B batch, D event size, K components.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -14,11 +12,9 @@ from tensorflow_probability import distributions as tfd
 from tensorflow_probability.python.distributions import kullback_leibler
 from tensorflow_probability.python.internal import dtype_util, parameter_properties
 
-from mdn.density.algebra import join
 from mdn.density.normal import MultivariateNormalDiag, MultivariateNormalTriL
 from mdn.density.parameters import MixtureParameters
 from mdn.density.queries import Queries
-from mdn.errors import DataError
 
 
 class GaussianMixture(Queries, tfd.MixtureSameFamily):
@@ -134,6 +130,9 @@ class GaussianMixture(Queries, tfd.MixtureSameFamily):
     def mixture_parameters(self) -> MixtureParameters:
         return MixtureParameters(self.logits, self.loc, self.scale_tril)
 
+    def as_mixture(self) -> GaussianMixture:
+        return self
+
 
 @kullback_leibler.RegisterKL(GaussianMixture, GaussianMixture)
 def _kl_one_component(
@@ -188,83 +187,3 @@ class DiagGaussianMixture(GaussianMixture):
     def scale_tril(self) -> tf.Tensor:
         """[.., K, D, D], diagonal Cholesky factors."""
         return tf.linalg.diag(self.scale_diag)
-
-
-def mixture_of(
-    densities: Queries | Sequence[Queries], weights: Sequence[float] | tf.Tensor | None = None
-) -> GaussianMixture:
-    """Return the mixture of M densities, in equal shares if no others are given.
-
-    Args:
-        densities: normals or mixtures of any types and K, whose batches broadcast to [..]; or one
-            density with batch [M, ..], which holds them all.
-        weights: M positive numbers, or [M, ..]; they are normalised.
-
-    Returns:
-        Batch [..], and the components of all (K = 1 of a normal), a density's beside each other;
-        of diagonal densities a `DiagGaussianMixture`.
-
-    Raises:
-        DataError: there are no densities, they have different targets, or not M weights.
-    """
-    if isinstance(densities, Queries):
-        members = [densities]
-        logits, loc, scale = _as_mixture(densities)
-        logits = tf.nn.log_softmax(logits)
-        share = _log_shares(weights, logits.shape[0], logits.dtype)
-        share = tf.reshape(share, [*share.shape, *[1] * (logits.shape.rank - share.shape.rank)])
-        axis = logits.shape.rank - 2  # of M, once it stands before K
-        tensors = tuple(_join_axes(t, axis) for t in (logits + share, loc, scale))
-    else:
-        members = list(densities)
-        _check_members(members)
-        share = _log_shares(weights, len(members), members[0].dtype)
-        whole = all(density.diagonal for density in members)
-        parts = [_as_mixture(m) if whole else m.mixture_parameters() for m in members]
-        tensors = join(
-            [MixtureParameters(tf.nn.log_softmax(part[0]), *part[1:]) for part in parts],
-            tf.unstack(share),
-            scale_rank=2 if whole else 3,
-        )
-    diagonal = all(density.diagonal for density in members)
-    return (DiagGaussianMixture if diagonal else GaussianMixture)(*tensors)
-
-
-def _check_members(members: list[Queries]) -> None:
-    if not members:
-        raise DataError("a mixture of no densities: give one at least")
-    sizes = {density.event_shape[-1] for density in members}
-    if len(sizes) > 1:
-        raise DataError(f"densities of {sorted(sizes)} targets have no mixture: make them equal")
-
-
-def _log_shares(weights: Any, members: int, dtype: tf.DType) -> tf.Tensor:
-    """Return the log shares of M members, [M, ..]."""
-    if weights is None:
-        return tf.fill([members], tf.constant(-math.log(members), dtype))
-    weights = tf.convert_to_tensor(weights, dtype)
-    if weights.shape.rank == 0 or weights.shape[0] != members:
-        raise DataError(f"weights of shape {weights.shape} for {members} densities: give each one")
-    return tf.math.log(weights / tf.reduce_sum(weights, axis=0))
-
-
-def _as_mixture(density: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return logits [.., K], loc [.., K, D], and scale_diag or scale_tril; K = 1 of a normal."""
-    if isinstance(density, DiagGaussianMixture):
-        return density.logits, density.loc, density.scale_diag
-    if isinstance(density, MultivariateNormalDiag):
-        parameters = density.mixture_parameters()
-        return parameters.logits, parameters.loc, density.scale_diag[..., tf.newaxis, :]
-    return density.mixture_parameters()
-
-
-def _join_axes(tensor: tf.Tensor, axis: int) -> tf.Tensor:
-    """Return [M, .., K, *rest] as [.., M K, *rest], where K stands at `axis` + 1."""
-    order = [*range(1, axis + 1), 0, *range(axis + 1, tensor.shape.rank)]
-    tensor = tf.transpose(tensor, order)  # [.., M, K, *rest]
-    static = tensor.shape
-    shape = tf.shape(tensor)
-    size = static[axis] * static[axis + 1]
-    joined = tf.reshape(tensor, tf.concat([shape[:axis], [size], shape[axis + 2 :]], 0))
-    joined.set_shape([*static[:axis], size, *static[axis + 2 :]])
-    return joined

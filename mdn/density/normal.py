@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
@@ -33,6 +35,13 @@ class MultivariateNormalDiag(Queries, tfd.MultivariateNormalDiag):
     def mixture_parameters(self) -> MixtureParameters:
         return one_component(self.loc, tf.linalg.diag(self.scale_diag))
 
+    def as_mixture(self) -> Any:
+        from mdn.density.mixture import DiagGaussianMixture  # whose components are such normals
+
+        loc = self.loc[..., tf.newaxis, :]
+        scale_diag = self.scale_diag[..., tf.newaxis, :]
+        return DiagGaussianMixture(tf.zeros_like(loc[..., 0]), loc, scale_diag)
+
 
 class MultivariateNormalTriL(Queries, tfd.MultivariateNormalTriL):
     """`tfd.MultivariateNormalTriL` whose `log_prob` marginalises NaN entries.
@@ -50,6 +59,11 @@ class MultivariateNormalTriL(Queries, tfd.MultivariateNormalTriL):
 
     def mixture_parameters(self) -> MixtureParameters:
         return one_component(self.loc, self.scale_tril)
+
+    def as_mixture(self) -> Any:
+        from mdn.density.mixture import GaussianMixture  # whose components are such normals
+
+        return GaussianMixture(*self.mixture_parameters())
 
 
 def one_component(loc: tf.Tensor, scale_tril: tf.Tensor) -> MixtureParameters:

@@ -5,6 +5,8 @@ Shape letters: D event size, K components.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -24,25 +26,28 @@ class MixtureParameters(NamedTuple):
     scale_tril: tf.Tensor
 
 
-def broadcast(parameters: MixtureParameters, scale_rank: int = 3) -> MixtureParameters:
-    """Return the parameters with one batch shape, that of all three together.
+def broadcast(parameters: MixtureParameters) -> MixtureParameters:
+    """Return the parameters with one batch shape, that of all three together."""
+    return MixtureParameters(*broadcast_batch(parameters, (1, 2, 3)))
+
+
+def broadcast_batch(tensors: Sequence[tf.Tensor], event_ranks: Sequence[int]) -> list[tf.Tensor]:
+    """Return tensors [.., *event] with one batch shape, that of all together.
 
     Args:
-        parameters: of batch shapes that broadcast.
-        scale_rank: of a scale without its batch: 3, or 2 where they are diagonals [.., K, D].
+        tensors: of batch shapes that broadcast.
+        event_ranks: the rank of each without its batch.
     """
-    logits, loc, scale_tril = parameters
-    static = [logits.shape[:-1], loc.shape[:-2], scale_tril.shape[:-scale_rank]]
-    if static[0].is_fully_defined() and static[0] == static[1] == static[2]:
-        return parameters
-    shape = tf.broadcast_static_shape(tf.broadcast_static_shape(static[0], static[1]), static[2])
-    batch = tf.broadcast_dynamic_shape(
-        tf.broadcast_dynamic_shape(tf.shape(logits)[:-1], tf.shape(loc)[:-2]),
-        tf.shape(scale_tril)[:-scale_rank],
+    pairs = list(zip(tensors, event_ranks, strict=True))
+    static = [tensor.shape[:-rank] for tensor, rank in pairs]
+    if all(shape.is_fully_defined() and shape == static[0] for shape in static):
+        return list(tensors)
+    shape = functools.reduce(tf.broadcast_static_shape, static)
+    batch = functools.reduce(
+        tf.broadcast_dynamic_shape, [tf.shape(tensor)[:-rank] for tensor, rank in pairs]
     )
     parts = []
-    for tensor, rank in ((logits, 1), (loc, 2), (scale_tril, scale_rank)):
-        event = tensor.shape[-rank:]
+    for tensor, rank in pairs:
         part = tf.broadcast_to(tensor, tf.concat([batch, tf.shape(tensor)[-rank:]], axis=0))
-        parts.append(tf.ensure_shape(part, shape.concatenate(event)))
-    return MixtureParameters(*parts)
+        parts.append(tf.ensure_shape(part, shape.concatenate(tensor.shape[-rank:])))
+    return parts

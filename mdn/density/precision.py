@@ -202,6 +202,11 @@ class MultivariateNormalPrecision(Queries, tfd.MultivariateNormalLinearOperator)
     def mixture_parameters(self) -> MixtureParameters:
         return one_component(self.loc, self.scale_tril)
 
+    def as_mixture(self) -> PrecisionGaussianMixture:
+        loc = self.loc[..., tf.newaxis, :]
+        factor = self.precision_tril[..., tf.newaxis, :, :]
+        return PrecisionGaussianMixture(tf.zeros_like(loc[..., 0]), loc, factor)
+
 
 class PrecisionGaussianMixture(GaussianMixture):
     """A `GaussianMixture` that keeps the Cholesky factors of the component precisions.

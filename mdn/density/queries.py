@@ -77,6 +77,10 @@ class Queries(TargetQueries):
 
     # ------------------------------------------------------------------ other mixtures
 
+    def as_mixture(self) -> GaussianMixture:
+        """Return the density as a mixture with the same form of covariances; K = 1 of a normal."""
+        raise NotImplementedError
+
     def _mixture(self, parameters: MixtureParameters) -> GaussianMixture:
         from mdn.density.mixture import DiagGaussianMixture, GaussianMixture  # subclasses of this
 
@@ -157,12 +161,15 @@ class Queries(TargetQueries):
             *others: densities of D targets whose batches broadcast with this one's.
 
         Returns:
-            The batches broadcast, as many components as all have; diagonal if all are.
+            The batches broadcast, as many components as all have, of the type that `mixture_of`
+            has.
+
+        Raises:
+            DataError: they have different targets or transforms.
         """
-        parts = [density.mixture_parameters() for density in (self, *others)]
-        joined = algebra.join(parts, [tf.zeros([], self.dtype)] * len(parts))
-        dense = [density for density in (self, *others) if not density.diagonal]
-        return (dense or [self])[0]._mixture(joined)
+        from mdn.density.mixing import join  # of all types
+
+        return join([self, *others])
 
     def reduce(self, k: int) -> Reduction:
         """Return a mixture of at most k components with the same mean and covariance.

@@ -5,6 +5,8 @@ Shape letters: D event size, K components, S draws.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import tensorflow as tf
 from tensorflow_probability.python.internal import special_math
 
@@ -66,17 +68,54 @@ def energy_score(draws: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         JASA 102.
     """
     missing = tf.math.is_nan(y)
+    to_y = _distance(draws, tf.where(missing, tf.zeros_like(y), y), missing)
+    between = _distance(draws, tf.roll(draws, 1, axis=0), missing)
+    return tf.reduce_mean(to_y, axis=0) - 0.5 * tf.reduce_mean(between, axis=0)
 
-    def distance(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-        apart = tf.abs(tf.where(missing, tf.zeros_like(a), a - b))
-        # As a hypotenuse, whose squares neither overflow nor vanish, with a gradient at zero.
-        largest = tf.stop_gradient(tf.reduce_max(apart, axis=-1, keepdims=True))
-        safe = tf.where(largest > 0.0, largest, tf.ones_like(largest))
-        squared = tf.reduce_sum(tf.square(apart / safe), axis=-1)
-        some = squared > 0.0
-        root = tf.sqrt(tf.where(some, squared, tf.ones_like(squared)))
-        return safe[..., 0] * tf.where(some, root, tf.zeros_like(root))
 
-    to_y = tf.reduce_mean(distance(draws, tf.where(missing, tf.zeros_like(y), y)), axis=0)
-    between = tf.reduce_mean(distance(draws, tf.roll(draws, 1, axis=0)), axis=0)
-    return to_y - 0.5 * between
+def component_energy_score(
+    parameters: MixtureParameters,
+    forward: Callable[[tf.Tensor], tf.Tensor],
+    y: tf.Tensor,
+    n: int,
+    seed: tf.Tensor,
+) -> tf.Tensor:
+    """Return an unbiased estimate of the energy score of forward(u), which has all gradients.
+
+    The n draws are of each component, and the weights of the components are exact: no draw depends
+    on them.
+
+    Args:
+        parameters: of u, batch [..].
+        forward: elementwise on [.., D].
+        y: [.., D], NaN marks a missing entry, which is left out of the lengths.
+        n: at least two.
+        seed: int32 [2].
+
+    Returns:
+        [..], in the units of y.
+    """
+    logits, loc, scale_tril = broadcast(parameters)
+    shape = tf.concat([[n], tf.shape(loc)], axis=0)
+    noise = tf.random.stateless_normal(shape, seed, dtype=loc.dtype, alg="philox")
+    draws = forward(loc + tf.linalg.matvec(scale_tril, noise))  # [S, .., K, D]
+    weight = tf.nn.softmax(logits)
+    missing = tf.math.is_nan(y)[..., tf.newaxis, :]  # [.., 1, D]
+    known = tf.where(missing, tf.zeros_like(missing, y.dtype), y[..., tf.newaxis, :])
+    to_y = tf.reduce_mean(_distance(draws, known, missing), axis=0)  # [.., K]
+    others = tf.roll(draws, 1, axis=0)[..., tf.newaxis, :, :]
+    pairs = _distance(draws[..., tf.newaxis, :], others, missing[..., tf.newaxis, :])
+    between = tf.einsum("...k,...l,...kl->...", weight, weight, tf.reduce_mean(pairs, axis=0))
+    return tf.reduce_sum(weight * to_y, axis=-1) - 0.5 * between
+
+
+def _distance(a: tf.Tensor, b: tf.Tensor, missing: tf.Tensor) -> tf.Tensor:
+    """Return the distances over the entries that are not missing, [..], of [.., D]."""
+    apart = tf.abs(tf.where(missing, tf.zeros_like(a - b), a - b))
+    # As a hypotenuse, whose squares neither overflow nor vanish, with a gradient at zero.
+    largest = tf.stop_gradient(tf.reduce_max(apart, axis=-1, keepdims=True))
+    safe = tf.where(largest > 0.0, largest, tf.ones_like(largest))
+    squared = tf.reduce_sum(tf.square(apart / safe), axis=-1)
+    some = squared > 0.0
+    root = tf.sqrt(tf.where(some, squared, tf.ones_like(squared)))
+    return safe[..., 0] * tf.where(some, root, tf.zeros_like(root))

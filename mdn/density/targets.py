@@ -124,7 +124,9 @@ class TargetQueries:
         """
         y = tf.convert_to_tensor(y, self.dtype)
         check_event(y, self.event_shape[-1])
-        return univariate.crps(self._margins(), y)
+        missing = tf.math.is_nan(y)
+        score = univariate.crps(self._margins(), tf.where(missing, tf.zeros_like(y), y))
+        return tf.where(missing, tf.constant(float("nan"), score.dtype), score)
 
     def skewness(self) -> tf.Tensor:
         """Return E[(y_d - mean_d)^3] / stddev_d^3 of each target: [.., D]."""

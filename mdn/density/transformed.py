@@ -6,7 +6,7 @@ Shape letters: B batch, D event size, K components, S samples.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,17 @@ import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
+from mdn.density import pushforward
+from mdn.density.algebra import check_dims
 from mdn.density.draws import draw
+from mdn.density.entropy import Entropy
 from mdn.density.parameters import MixtureParameters
-from mdn.density.queries import Queries
+from mdn.density.queries import Queries, Reduction
 from mdn.density.regions import Region
 from mdn.density.targets import check_event
+from mdn.density.transforms import Selected, select
+from mdn.density.univariate import Margins
 from mdn.errors import ConfigError
-
-# Of the Gauss-Hermite rule, exact for polynomials of degree 127.
-_NODES = 64
 
 
 class Transformed(Queries, tfd.TransformedDistribution):
@@ -39,12 +41,18 @@ class Transformed(Queries, tfd.TransformedDistribution):
     """
 
     def __init__(self, distribution: Any, bijector: tfb.Bijector, name: str | None = None) -> None:
+        parameters = dict(locals())
         tfd.TransformedDistribution.__init__(
             self,
             distribution=distribution,
             bijector=bijector,
             name=name or f"Transformed{type(distribution).__name__}",
         )
+        self._parameters = self._no_dependency(parameters)  # what `copy` and slices start from
+
+    def __getitem__(self, slices: Any) -> Transformed:
+        """Return the density of a slice of the batch, whose transform is the same."""
+        return Transformed(self.distribution[slices], self.bijector)
 
     @classmethod
     def _parameter_properties(cls, dtype: Any, num_classes: Any = None) -> dict[str, Any]:
@@ -58,28 +66,109 @@ class Transformed(Queries, tfd.TransformedDistribution):
         log_prob = self.distribution.log_prob(u, complete=complete) + log_slope
         return tf.where(inside, log_prob, tf.constant(-np.inf, log_prob.dtype))
 
+    # Of a log transform in closed form, else by the 64 nodes of a Gauss-Hermite rule.
+
     def _mean(self) -> tf.Tensor:
-        """[.., D], by Gauss-Hermite quadrature of each component's margins, 64 nodes."""
-        return self._expectation(self.bijector.forward)
+        return self._moments()[0]
 
     def _variance(self) -> tf.Tensor:
-        """[.., D], by the same quadrature."""
-        mean = self._mean()[..., tf.newaxis, tf.newaxis, :]  # [.., 1, 1, D]
-        return self._expectation(lambda u: tf.square(self.bijector.forward(u) - mean))
+        return self._moments()[1]
 
     def _stddev(self) -> tf.Tensor:
         return tf.sqrt(self._variance())
 
-    def _expectation(self, function: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
-        """Return E[function(u_d)] for each d, [.., D]."""
-        logits, loc, scale_tril = self.distribution.mixture_parameters()
-        nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
-        nodes = tf.constant(nodes, loc.dtype)[:, tf.newaxis, tf.newaxis]  # [S, 1, 1]
-        weights = tf.constant(weights / weights.sum(), loc.dtype)  # [S]
-        scale = tf.norm(scale_tril, axis=-1)  # [.., K, D]
-        u = loc[..., tf.newaxis, :, :] + nodes * scale[..., tf.newaxis, :, :]  # [.., S, K, D]
-        values = tf.einsum("s,...skd->...kd", weights, function(u))
-        return tf.einsum("...k,...kd->...d", tf.nn.softmax(logits), values)
+    def _covariance(self) -> tf.Tensor:
+        return self._moments(pairs=True)[1]
+
+    def _moments(self, pairs: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
+        parameters = self.distribution.mixture_parameters()
+        return pushforward.mixture_moments(parameters, self.bijector, pairs)
+
+    def skewness(self) -> tf.Tensor:
+        """Return E[(y_d - mean_d)^3] / stddev_d^3 of each target, [.., D], by 64 nodes."""
+        parameters = self.distribution.mixture_parameters()
+        return pushforward.standard_moment(parameters, self.bijector, 3)
+
+    def kurtosis(self) -> tf.Tensor:
+        """Return E[(y_d - mean_d)^4] / stddev_d^4 - 3 of each target, [.., D], by 64 nodes."""
+        parameters = self.distribution.mixture_parameters()
+        return pushforward.standard_moment(parameters, self.bijector, 4) - 3.0
+
+    # What of a density of transformed targets is one again.
+
+    def marginal(self, dims: int | Sequence[int]) -> Any:
+        """Return the density of some of the targets, in their units: as of a mixture."""
+        chosen = [dims] if isinstance(dims, int | np.integer) else list(dims)
+        return self._of(self.distribution.marginal(chosen), chosen)
+
+    def condition(self, given: Mapping[int, Any]) -> Any:
+        """Return the density of the other targets, given some in their units: as of a mixture.
+
+        A value outside of the domain gives NaN.
+        """
+        d = self.distribution.event_shape[-1]
+        chosen = check_dims(list(given), d)
+        transformed = {}
+        for dim, value in zip(chosen, given.values(), strict=True):
+            one = Selected(self.bijector, [dim], d)
+            value = tf.convert_to_tensor(value, self.dtype)[..., tf.newaxis]
+            transformed[dim] = one.inverse(value)[..., 0]
+        rest = [dim for dim in range(d) if dim not in chosen]
+        return self._of(self.distribution.condition(transformed), rest)
+
+    def _of(self, distribution: Any, dims: Sequence[int]) -> Transformed:
+        d = self.distribution.event_shape[-1]
+        return Transformed(distribution, select(self.bijector, check_dims(dims, d), d))
+
+    def reduce(self, k: int) -> Reduction:
+        """Return a density of at most k components, as of a mixture: in the transformed units.
+
+        There the moments are kept; the bound on the divergence holds in all units.
+        """
+        found = self.distribution.reduce(k)
+        return Reduction(Transformed(found.mixture, self.bijector), found.kl_bound)
+
+    def prune(self, min_weight: float) -> Any:
+        """Return the density of components that weigh `min_weight` or more: as of a mixture."""
+        return Transformed(self.distribution.prune(min_weight), self.bijector)
+
+    def effective_components(self) -> tf.Tensor:
+        """Return the exponential of the weights' entropy: [..], from 1 to K."""
+        return self.distribution.effective_components()
+
+    def entropy_estimate(self, n: int = 500, seed: Any = 0) -> Entropy:
+        """Return the entropy in nats of the units of y, as of a mixture.
+
+        The entropy of u, and the mean of log dy/du, which 64 Gauss-Hermite nodes give.
+        """
+        found = self.distribution.entropy_estimate(n, seed)
+        parameters = self.distribution.mixture_parameters()
+        slope = functools.partial(pushforward.log_slope, self.bijector)
+        more = tf.reduce_sum(pushforward.expectation(parameters, slope), axis=-1)
+        return Entropy(
+            found.estimate + more, found.standard_error, found.lower + more, found.upper + more
+        )
+
+    def crps(self, y: Any) -> tf.Tensor:
+        """Return the continuous ranked probability score of each target, by quadrature.
+
+        Args:
+            y: [.., D], also outside of the domain; NaN marks a missing entry.
+
+        Returns:
+            [.., D], in the units of y; NaN where y is.
+
+        Source:
+            Matheson and Winkler (1976), Scoring rules for continuous probability distributions,
+            Management Science 22.
+        """
+        y = tf.convert_to_tensor(y, self.dtype)
+        check_event(y, self.distribution.event_shape[-1])
+        missing = tf.math.is_nan(y)
+        safe = tf.where(missing, self.bijector.forward(tf.zeros_like(y)), y)
+        margins = Margins.of(self.distribution.mixture_parameters())
+        found = pushforward.crps(margins, self.bijector, safe, self._inverse(safe))
+        return tf.where(missing, tf.constant(np.nan, found.dtype), found)
 
     # As the transform increases, those of `distribution` at the transformed y.
 

@@ -135,6 +135,69 @@ class PerTarget(tfb.Bijector):
         return tf.stack(parts, axis=-1)
 
 
+class Selected(tfb.Bijector):
+    """What an elementwise bijector on [.., D] does to some of the targets.
+
+    Args:
+        bijector: on [.., D], or of numbers.
+        dims: of the targets, in the order in which they come.
+        event_size: D.
+    """
+
+    def __init__(
+        self,
+        bijector: tfb.Bijector,
+        dims: Sequence[int],
+        event_size: int,
+        name: str = "Selected",
+    ) -> None:
+        parameters = dict(locals())
+        self.bijector, self.dims, self.event_size = bijector, tuple(dims), event_size
+        super().__init__(forward_min_event_ndims=0, parameters=parameters, name=name)
+
+    @classmethod
+    def _parameter_properties(cls, dtype: Any) -> dict[str, Any]:
+        return {}
+
+    def _forward(self, x: tf.Tensor) -> tf.Tensor:
+        return self._take(self.bijector.forward(self._fill(x, tf.zeros([], x.dtype))))
+
+    def _inverse(self, y: tf.Tensor) -> tf.Tensor:
+        return self._take(self.bijector.inverse(self._fill(y, self._inner(y.dtype))))
+
+    def _inverse_log_det_jacobian(self, y: tf.Tensor) -> tf.Tensor:
+        full = self._fill(y, self._inner(y.dtype))
+        slopes = self.bijector.inverse_log_det_jacobian(full, event_ndims=0)
+        return self._take(slopes + tf.zeros_like(full))
+
+    def _inner(self, dtype: tf.DType) -> tf.Tensor:
+        """Return targets in the domain, [D]."""
+        return self.bijector.forward(tf.zeros([self.event_size], dtype))
+
+    def _fill(self, values: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
+        """Return [.., D] with the selected targets, and others in the places between."""
+        others = tf.broadcast_to(others, [self.event_size])
+        columns = tf.unstack(values, num=len(self.dims), axis=-1)
+        full = [others[d] + tf.zeros_like(columns[0]) for d in range(self.event_size)]
+        for dim, column in zip(self.dims, columns, strict=True):
+            full[dim] = column
+        return tf.stack(full, axis=-1)
+
+    def _take(self, full: tf.Tensor) -> tf.Tensor:
+        return tf.gather(full, self.dims, axis=-1)
+
+
+def select(bijector: tfb.Bijector, dims: Sequence[int], event_size: int) -> tfb.Bijector:
+    """Return what a bijector on [.., D] does to some of D targets, as plainly as it can be."""
+    if isinstance(bijector, tfb.Exp) or list(dims) == list(range(event_size)):
+        return bijector
+    if isinstance(bijector, PerTarget):
+        return PerTarget([bijector.bijectors[dim] for dim in dims])
+    if isinstance(bijector, Selected):
+        return Selected(bijector.bijector, [bijector.dims[d] for d in dims], bijector.event_size)
+    return Selected(bijector, dims, event_size)
+
+
 # ---------------------------------------------------------------------- specifications
 
 

@@ -40,13 +40,17 @@ class Margins(NamedTuple):
     @classmethod
     def of(cls, parameters: MixtureParameters) -> Margins:
         """Return the margins of a mixture with batch [..]."""
+        return cls.of_rows(*parameters)
+
+    @classmethod
+    def of_rows(cls, logits: tf.Tensor, loc: tf.Tensor, rows: tf.Tensor) -> Margins:
+        """Return the margins where the length of a row of [.., K, D, R] is the scale."""
         # The largest entry is taken out, as squares of large ones are infinite.
-        factor = tf.abs(parameters.scale_tril)
-        largest = tf.reduce_max(factor, axis=-1, keepdims=True)
-        scale = largest[..., 0] * tf.norm(parameters.scale_tril / largest, axis=-1)
+        largest = tf.reduce_max(tf.abs(rows), axis=-1, keepdims=True)
+        scale = largest[..., 0] * tf.norm(rows / largest, axis=-1)
         return cls(
-            tf.nn.log_softmax(parameters.logits)[..., tf.newaxis, :],
-            tf.linalg.matrix_transpose(parameters.loc),
+            tf.nn.log_softmax(logits)[..., tf.newaxis, :],
+            tf.linalg.matrix_transpose(loc),
             tf.linalg.matrix_transpose(scale),
         )
 

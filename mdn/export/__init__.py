@@ -1,6 +1,6 @@
 """Artefacts that answer a model's questions where `mdn` is not installed."""
 
-from mdn.export.saved_model import export_saved_model
+from mdn.export.saved_model import directory_size, export_saved_model
 from mdn.export.vae import export_vae
 
-__all__ = ["export_saved_model", "export_vae"]
+__all__ = ["directory_size", "export_saved_model", "export_vae"]

@@ -6,7 +6,7 @@ Shape letters: B batch, D event size.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tensorflow_probability import distributions as tfd
 from mdn.density.draws import draw
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError
-from mdn.export.saved_model import check_path, write_saved_model
+from mdn.export.saved_model import as_plain, check_path, write_saved_model
 
 
 def export_distribution(
@@ -24,6 +24,7 @@ def export_distribution(
     path: str | os.PathLike[str],
     overwrite: bool = False,
     targets: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a SavedModel of a distribution without features.
 
@@ -42,6 +43,7 @@ def export_distribution(
         path: a directory that does not exist yet.
         overwrite: replace a SavedModel at `path`, once the new one is whole.
         targets: the D names of y, for `mdn.json`.
+        config: of the run, for `mdn.json`.
 
     Returns:
         The path.
@@ -58,6 +60,7 @@ def export_distribution(
         "distribution": type(distribution).__name__,
         "features": [],
         "targets": list(targets),
+        "config": as_plain(config),
     }
     return write_saved_model(path, overwrite, [], _trace(distribution, shape), description)
 

@@ -12,20 +12,24 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+from omegaconf import OmegaConf
+from tensorflow.core.protobuf import saved_model_pb2
 
 import mdn
-from mdn.density.transformed import Transformed, draw_from
 from mdn.errors import ConfigError, RunError
+from mdn.export.signatures import meaning, signatures
 from mdn.features import Columns
 from mdn.model import MDN
 
+# Of `mdn.json`: a reader of another one says so.
+FORMAT = 2
 # The inputs that the signatures add to the features.
-RESERVED = ("y", "n", "seed")
+RESERVED = ("y", "p", "level", "n", "seed")
 
 
 def export_saved_model(
@@ -33,6 +37,7 @@ def export_saved_model(
     path: str | os.PathLike[str],
     overwrite: bool = False,
     targets: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a SavedModel with the scaling and the feature encoding inside.
 
@@ -40,21 +45,36 @@ def export_saved_model(
 
     - `serving_default`: features to `mean` [B, D], `stddev` [B, D], and the mixture's `logits`
       [B, K], `loc` [B, K, D] and `scale_tril` [B, K, D, D]; K = 1 for a single normal. Where
-      targets are transformed there is no mixture in the units of y, and these are left out.
+      targets are transformed there is no mixture in the units of y, and these three are left out.
+    - `mean_stddev`: features to `mean` and `stddev` alone.
+    - `params`: features to `logits`, `loc` and `scale_tril` alone; where targets are transformed,
+      in units of the transformed targets.
     - `log_prob`: features and `y` [B, D] (NaN where an entry is missing) to `log_prob` [B], nats.
+    - `cdf`: features and `y` to `cdf` [B, D], of each target by itself.
+    - `quantile`: features and probabilities `p` [P] to `quantile` [P, B, D], of each target by
+      itself: infinite for 0 and 1, NaN outside of [0, 1].
+    - `interval`: features and `level`, a number in (0, 1), to `lower` and `upper` [B, D], the ends
+      of the central interval of each target by itself.
     - `sample`: features, `n` int32 and `seed` int32 [2] to `sample` [n, B, D]; a function of the
       seed: the same draws again.
+    - `condition`, of several targets: features and `y` [B, D], NaN where a target is asked for, to
+      what `serving_default` returns, given the other targets. Rows may ask for different ones. A
+      target that is given has its value as its mean, and a standard deviation of zero.
+    - `serving_matrix`, where all features are numbers: `x` [B, F], the features in their order, to
+      what `serving_default` returns.
 
     The features are `x` ([B, F], or [B, T, F] for sequences), or one [B] for each raw column: a
     string ("" where missing) or a number (NaN where missing). A density for each step has batch
-    [B, T] in place of [B]. `mdn.json`, beside `saved_model.pb`, states every name, dtype and
-    shape, and the column of each input: `input_names` says where the two differ.
+    [B, T] in place of [B]. `mdn.json`, beside `saved_model.pb`, states every name, dtype, shape
+    and unit, and the column of each input: `input_names` says where the two differ. It also holds
+    the versions, the configs, and why a signature is left out.
 
     Args:
         model: an adapted model; dropout is off in what is written.
         path: a directory that does not exist yet.
         overwrite: replace a SavedModel at `path`, once the new one is whole.
-        targets: the D names of y, for `mdn.json`.
+        targets: the D names of y, for `mdn.json`; by default those that the model knows.
+        config: of the run, for `mdn.json`.
 
     Returns:
         The path.
@@ -71,14 +91,20 @@ def export_saved_model(
         )
     features = _feature_specs(model)
     columns = features if isinstance(features, dict) else {None: features}
+    traced, left_out = signatures(model, features)
     description = {
         "features": [
             {"input": spec.name, "column": column, **_state(spec)}
             for column, spec in columns.items()
         ],
-        "targets": list(targets),
+        "feature_names": list(model.column_names.features),
+        "targets": list(targets or model.column_names.targets),
+        "target_transform": model.head.target_transform,
+        "left_out": left_out,
+        "model": model.get_config(),
+        "config": as_plain(config),
     }
-    return write_saved_model(path, overwrite, model.parts, _trace(model, features), description)
+    return write_saved_model(path, overwrite, model.parts, traced, description)
 
 
 def check_path(path: str | os.PathLike[str], overwrite: bool) -> None:
@@ -120,7 +146,9 @@ def write_saved_model(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         with _quiet():
-            tf.saved_model.save(_resources(parts), str(partial), signatures)
+            options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+            tf.saved_model.save(_resources(parts), str(partial), signatures, options)
+            _drop_gradients(partial)
         text = json.dumps(_describe(description, signatures), indent=2)
         (partial / "mdn.json").write_text(text + "\n", "utf-8")
         _move(partial, home, overwrite)
@@ -131,13 +159,23 @@ def write_saved_model(
     return path
 
 
+def as_plain(config: Mapping[str, Any] | None) -> Any:
+    """Return a config as `mdn.json` holds it, with every interpolation resolved."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def directory_size(path: str | os.PathLike[str]) -> int:
+    """Return the bytes of all files below a directory."""
+    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+
+
 def input_names(columns: Iterable[str]) -> dict[str, str]:
     """Return the signature input of each raw column: column -> input.
 
     TensorFlow takes names of letters, digits and underscores that start with a letter, are not
     words of Python, and differ in more than case. A column named so keeps its name. In others
     `_` stands for what is not allowed, "column_" goes before what does not start with a letter,
-    and a number after what is taken already (as are `y`, `n` and `seed`).
+    and a number after what is taken already (as are the inputs in `RESERVED`).
     """
     columns = list(columns)
     inputs: dict[str, str] = {}
@@ -181,38 +219,6 @@ def _feature_specs(model: MDN) -> tf.TensorSpec | dict[str, tf.TensorSpec]:
     return tf.TensorSpec([None] * (rank - 1) + [model.encoder.features], tf.float32, "x")
 
 
-def _trace(model: MDN, features: Any) -> dict[str, Any]:
-    """Return the signatures as concrete functions."""
-
-    @tf.function(autograph=False)
-    def serving_default(x: Any) -> dict[str, tf.Tensor]:
-        density = model(x, training=False)
-        moments = {"mean": density.mean(), "stddev": density.stddev()}
-        if isinstance(density, Transformed):
-            return moments
-        return {**moments, **density.mixture_parameters()._asdict()}
-
-    @tf.function(autograph=False)
-    def log_prob(x: Any, y: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"log_prob": model.log_density(x, y)}
-
-    @tf.function(autograph=False)
-    def sample(x: Any, n: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"sample": draw_from(model(x, training=False), n, seed)}
-
-    serving = serving_default.get_concrete_function(features)
-    mean = serving.structured_outputs["mean"]  # [B, D] or [B, T, D]
-    return {
-        "serving_default": serving,
-        "log_prob": log_prob.get_concrete_function(
-            features, tf.TensorSpec(mean.shape, mean.dtype, "y")
-        ),
-        "sample": sample.get_concrete_function(
-            features, tf.TensorSpec([], tf.int32, "n"), tf.TensorSpec([2], tf.int32, "seed")
-        ),
-    }
-
-
 def _resources(parts: Iterable[Any]) -> tf.Module:
     """Return a module of the variables and tables that the signatures read.
 
@@ -228,24 +234,47 @@ def _resources(parts: Iterable[Any]) -> tf.Module:
     return module
 
 
+def _drop_gradients(folder: Path) -> None:
+    """Take the names of gradients, which are not saved, out of the graph: a loader warns of them.
+
+    TensorFlow's fingerprint of the graph as it was goes too; it is optional.
+    """
+    path, saved = folder / "saved_model.pb", saved_model_pb2.SavedModel()
+    saved.ParseFromString(path.read_bytes())
+    for graph in saved.meta_graphs:
+        for function in graph.graph_def.library.function:
+            for node in function.node_def:
+                node.attr.pop("_gradient_op_type", None)
+    path.write_bytes(saved.SerializeToString(deterministic=True))
+    (folder / "fingerprint.pb").unlink(missing_ok=True)
+
+
 def _state(spec: Any) -> dict[str, Any]:
     return {"dtype": spec.dtype.name, "shape": spec.shape.as_list()}
 
 
 def _describe(description: dict[str, Any], signatures: dict[str, Any]) -> dict[str, Any]:
     """Return what `mdn.json` says of the artefact."""
+    transformed = description.get("target_transform") is not None
+
+    def state(name: str, spec: Any) -> dict[str, Any]:
+        text = meaning(name, transformed)
+        return _state(spec) | ({} if text is None else {"meaning": text})
+
     return {
+        "format": FORMAT,
         "mdn": mdn.__version__,
         "tensorflow": tf.__version__,
         **description,
         "signatures": {
             name: {
                 "inputs": {
-                    spec.name: _state(spec)
+                    spec.name: state(spec.name, spec)
                     for spec in tf.nest.flatten(function.structured_input_signature)
                 },
                 "outputs": {
-                    output: _state(spec) for output, spec in function.structured_outputs.items()
+                    output: state(output, spec)
+                    for output, spec in function.structured_outputs.items()
                 },
             }
             for name, function in signatures.items()

@@ -6,14 +6,14 @@ Shape letters: B batch, D pixels, L latent size.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
 from mdn.errors import ConfigError
-from mdn.export.saved_model import check_path, write_saved_model
+from mdn.export.saved_model import as_plain, check_path, write_saved_model
 from mdn.vae import VAE
 
 
@@ -22,6 +22,7 @@ def export_vae(
     path: str | os.PathLike[str],
     overwrite: bool = False,
     targets: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a SavedModel of a VAE.
 
@@ -41,7 +42,8 @@ def export_vae(
         model: dropout is off in what is written.
         path: a directory that does not exist yet.
         overwrite: replace a SavedModel at `path`, once the new one is whole.
-        targets: the D names of the pixels, for `mdn.json`.
+        targets: the D names of the pixels, for `mdn.json`; by default those that the model knows.
+        config: of the run, for `mdn.json`.
 
     Returns:
         The path.
@@ -56,7 +58,12 @@ def export_vae(
         raise ConfigError(f"targets={list(targets)}: give {model.event_size}, one for each pixel")
     parts = [model.backbone, model.posterior_head, model.decoder, model.pixels]
     parts += [] if model.prior_head is None else [model.prior_head]
-    description = {"features": [], "targets": list(targets)}
+    description = {
+        "features": [],
+        "targets": list(targets or model.column_names.targets),
+        "model": model.get_config(),
+        "config": as_plain(config),
+    }
     return write_saved_model(path, overwrite, parts, _trace(model), description)
 
 

@@ -13,6 +13,7 @@ from scipy.cluster.vq import kmeans2
 # A Gaussian start is never narrower than this share of the targets' spread: k-means may return a
 # cluster of equal values, and a scale at its floor has no unconstrained parameter.
 NARROWEST_START = 0.05
+WIDTHS = 0.15, 1.2  # of the narrowest and the widest component that start at the centre
 _MOST_ROWS = 10_000
 
 
@@ -59,3 +60,19 @@ def cluster(y: np.ndarray, components: int, rng: np.random.Generator) -> Start:
         covariance = share * spread + (1.0 - share) * np.eye(d) / components**2
         scale_tril[k] = np.linalg.cholesky(covariance + NARROWEST_START**2 * np.eye(d))
     return Start(weights / weights.sum(), loc, scale_tril)
+
+
+def centre(y: np.ndarray, components: int) -> Start:
+    """Return K normals near the mean whose widths are spread from narrow to wide.
+
+    Clusters of all targets say little about those at one x, which may lie between two of them.
+    From here each component is as near to any target as the others, and they differ in width.
+
+    Args:
+        y: [N, D], standardised; NaN marks a missing entry.
+        components: K.
+    """
+    k, d = components, y.shape[1]
+    loc = 0.1 * np.nanquantile(y, (np.arange(k) + 0.5) / k, axis=0)  # [K, D]
+    width = np.geomspace(*WIDTHS, k) if k > 1 else np.ones(1)
+    return Start(np.full(k, 1.0 / k), loc, width[:, None, None] * np.eye(d))

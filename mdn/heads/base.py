@@ -24,6 +24,7 @@ from mdn.density import positivity as scales
 from mdn.density import transforms
 from mdn.density.packed import packed_log_prob
 from mdn.density.queries import Queries
+from mdn.density.recalibration import Recalibration
 from mdn.density.transformed import Transformed, split_transform, to_base
 from mdn.errors import ConfigError, DataError
 from mdn.fitting.start import NARROWEST_START, Start, cluster
@@ -37,8 +38,10 @@ class Head(tfp.layers.DistributionLambda):
     Args:
         event_size: D, the number of targets.
         positivity: what makes scales positive: "softplus", "exp" or "elu" (1 + ELU).
-        min_scale: the floor of the scales, as a share of each target's standard deviation. Where
-            `adapt` finds the targets on a grid of step d, the floor is at least d / sqrt(12).
+        min_scale: the floor of the scales, as a share of each target's standard deviation.
+        grid_floor: where `adapt` finds the targets on a grid of step d, the floor is at least
+            d / sqrt(12), so that no density spikes on the values of the grid. Training with
+            `jitter` prevents that as well, and leaves the scales free.
         kernel_scale: factor on the initial projection; small, so that training starts from the
             starting values that `adapt` finds in the data.
         target_transform: what makes positive or bounded targets fit for normals: "log", "logit"
@@ -58,6 +61,7 @@ class Head(tfp.layers.DistributionLambda):
         *,
         positivity: str = "softplus",
         min_scale: float = 1e-3,
+        grid_floor: bool = True,
         kernel_scale: float = 0.1,
         target_transform: Any = None,
         **kwargs: Any,
@@ -68,7 +72,7 @@ class Head(tfp.layers.DistributionLambda):
             raise ConfigError(f"min_scale={min_scale}: the floor of the scales must be positive")
         self.event_size = int(event_size)
         self.positivity = scales.check_positivity(positivity)
-        self.min_scale = float(min_scale)
+        self.min_scale, self.grid_floor = float(min_scale), bool(grid_floor)
         self.kernel_scale = float(kernel_scale)
         self.target_transform = transforms.describe(target_transform, self.event_size)
         kwargs.setdefault("dtype", tf_keras.backend.floatx())
@@ -77,11 +81,9 @@ class Head(tfp.layers.DistributionLambda):
             convert_to_tensor_fn=tfp.distributions.Distribution.mean,
             **kwargs,
         )
-        d = self.event_size
-        self.y_loc = self._statistic("y_loc", [d], 0.0)
-        self.y_scale = self._statistic("y_scale", [d], 1.0)
-        self.floor = self._statistic("floor", [d], self.min_scale)  # in standardised units
+        self._add_statistics()
         self._bijector = self._make_bijector()
+        self.recalibration: Recalibration | None = None  # in transformed units; `MDN.recalibrate`
         self.grid: list[float] | None = None  # [D], known from `adapt` on; 0 where there is none
         # The bias is made here and not in `build`, so that `adapt` can set it at any time.
         self.bias = self.add_weight(
@@ -89,11 +91,23 @@ class Head(tfp.layers.DistributionLambda):
         )
         self._set_start(self._spread_start())
 
+    def _add_statistics(self) -> None:
+        d = self.event_size
+        self.y_loc = self._statistic("y_loc", [d], 0.0)
+        self.y_scale = self._statistic("y_scale", [d], 1.0)
+        self.floor = self._statistic("floor", [d], self.min_scale)  # in standardised units
+
     def _statistic(self, name: str, shape: list[int], value: float) -> tf.Variable:
         initializer = tf_keras.initializers.Constant(value)
         return self.add_weight(
             name=name, shape=shape, initializer=initializer, trainable=False, dtype=self.dtype
         )
+
+    @property
+    def statistics(self) -> dict[str, tf.Variable]:
+        """What `adapt` finds in the targets beside the start: scaling, floor, powers; by name."""
+        names = ("y_loc", "y_scale", "floor", "box_cox_power", "box_cox_join")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def _make_bijector(self) -> Any:
         """Return the bijector of `target_transform`, if any."""
@@ -173,6 +187,8 @@ class Head(tfp.layers.DistributionLambda):
     def distribution(self, params: tf.Tensor) -> Any:
         """Return the density with batch [..] and event [D] of unconstrained params [.., P]."""
         density = self._density(params)
+        if self.recalibration is not None:
+            density = self.recalibration.apply(density)
         return density if self._bijector is None else Transformed(density, self._bijector)
 
     def _density(self, params: tf.Tensor) -> Queries:
@@ -208,6 +224,8 @@ class Head(tfp.layers.DistributionLambda):
         Returns:
             [M, B], nats.
         """
+        if self.recalibration is not None:
+            return self.distribution(tf.transpose(params, [0, 2, 1])).log_prob(y)
         if self._bijector is not None:
             y, log_slope, inside = to_base(self._bijector, y)
         k, d = self.components, self.event_size
@@ -225,16 +243,23 @@ class Head(tfp.layers.DistributionLambda):
         }
         log_prob = self._packed_log_prob(tf.reshape(residual, [m * k, d, n]), packed)
         log_prob = tf.reshape(log_prob, [m, k, n])
-        if "logits" in parts:
-            logits = parts["logits"]  # [M, K, B]
-            log_prob = tf.reduce_logsumexp(logits + log_prob, axis=1)
-            log_prob -= tf.reduce_logsumexp(logits, axis=1)
-        else:
-            log_prob = log_prob[:, 0]
+        log_prob = self._mixed_log_prob(log_prob, parts.get("logits"), unit)  # [M, B]
         log_prob -= tf.reduce_sum(tf.math.log(self.y_scale))
         if self._bijector is None:
             return log_prob
         return tf.where(inside, log_prob + log_slope, tf.constant(-math.inf, self.dtype))
+
+    def _mixed_log_prob(
+        self, log_prob: tf.Tensor, logits: tf.Tensor | None, unit: tf.Tensor
+    ) -> tf.Tensor:
+        """Return the log density of the mixture, [M, B], in standardised units.
+
+        Args:
+            log_prob: [M, K, B], of the components.
+            logits: [M, K, B], or None of a single normal.
+            unit: [M, D, B], the standardised targets.
+        """
+        return log_prob[:, 0]
 
     def _packed_log_prob(self, residual: tf.Tensor, parts: dict[str, tf.Tensor]) -> tf.Tensor:
         """Return the log densities, [K, B], of residuals [K, D, B] in standardised units.
@@ -248,7 +273,10 @@ class Head(tfp.layers.DistributionLambda):
 
     def parameters(self, distribution: Any) -> tf.Tensor:
         """Return the params [.., P] of which `distribution` makes this density: its inverse."""
-        return self._parameters_of(split_transform(distribution)[0])
+        density, _ = split_transform(distribution)
+        if self.recalibration is not None:
+            density = self.recalibration.undo(density)
+        return self._parameters_of(density)
 
     def _parameters_of(self, distribution: Any) -> tf.Tensor:
         """Return the params of which `_density` makes this density."""
@@ -304,20 +332,29 @@ class Head(tfp.layers.DistributionLambda):
         return tf.TensorShape([*input_shape[:-1], self.event_size])
 
     def get_config(self) -> dict[str, Any]:
+        found = self.recalibration
+        map_config = {} if found is None else {"recalibration": found.to_config()}
         return {
+            **map_config,
             "name": self.name,
             "trainable": self.trainable,
             "dtype": self.dtype,
             "event_size": self.event_size,
             "positivity": self.positivity,
             "min_scale": self.min_scale,
+            "grid_floor": self.grid_floor,
             "kernel_scale": self.kernel_scale,
             "target_transform": self.target_transform,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Head:
-        return cls(**config)
+        options = dict(config)
+        recalibration = options.pop("recalibration", None)
+        head = cls(**options)
+        if recalibration is not None:
+            head.recalibration = Recalibration.from_config(recalibration)
+        return head
 
     # ------------------------------------------------------------------ starting values
 
@@ -341,13 +378,23 @@ class Head(tfp.layers.DistributionLambda):
         given = y.reshape([-1, self.event_size])
         y = self._transformed(given)
         loc, scale = np.nanmean(y, axis=0), np.nanstd(y, axis=0)
-        grid = np.array([max(resolution(c), float32_step(c)) for c in y.T])  # [D]
         self.grid = [resolution(column) for column in given.T]
+        self.recalibration = None
+        tied = [resolution(column) if self.grid_floor else 0.0 for column in y.T]
+        grid = np.maximum(tied, [float32_step(column) for column in y.T])  # [D]
+        self._adapt_background(len(given))
         self.y_loc.assign(loc)
         self.y_scale.assign(scale)
         self.floor.assign(np.maximum(self.min_scale, grid / math.sqrt(12.0) / scale))
         rng = np.random.default_rng([seed, 0x6D646E])
-        self._set_start(cluster((y - loc) / scale, self.components, rng))
+        self._set_start(self._start((y - loc) / scale, rng))
+
+    def _adapt_background(self, rows: int) -> None:
+        """Set what depends on the number of rows alone."""
+
+    def _start(self, y: np.ndarray, rng: np.random.Generator) -> Start:
+        """Return the Gaussians that training starts from, of standardised targets [N, D]."""
+        return cluster(y, self.components, rng)
 
     def _transformed(self, y: np.ndarray) -> np.ndarray:
         """Return y [N, D] in transformed units, once the transform fits the data."""

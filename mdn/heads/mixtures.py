@@ -13,33 +13,151 @@ import tensorflow_probability as tfp
 
 from mdn.density import GaussianMixture
 from mdn.density import positivity as scales
+from mdn.density.gaussian import LOG_2_PI
 from mdn.density.packed import packed_low_rank_log_prob, packed_precision_log_prob
 from mdn.density.precision import invert_factor
 from mdn.errors import ConfigError
+from mdn.fitting.start import Start, centre
 from mdn.heads.base import Head, register
+
+BACKGROUND_SCALE = 1.5  # standard deviations of the targets
+BACKGROUNDS = ("auto", "learned")
+MOST_WEIGHT = 0.01  # of a background whose weight is found or learned
+PSEUDO_ROWS = 10.0
+STARTS = ("clusters", "centre")
 
 
 class MixtureHead(Head):
-    """A head with K components.
+    """A head with K components, and perhaps one more that is fixed: the background.
+
+    The background is a normal about the mean of the targets, independent in each of them, with
+    one and a half times their standard deviations. However sure the others are of themselves, no
+    target that is far from them all then costs more than its log weight.
 
     Args:
         event_size: D, the number of targets.
         components: K.
+        background: the weight of the background, between 0 (there is none) and 1; "auto", which
+            `adapt` sets to 10 / N but 0.01 at most, as the more rows there are the less they
+            leave to chance; or "learned", a function of x that starts at 0.01.
+        start: what `adapt` starts the components from: "clusters" of the targets; or "centre",
+            K normals of all widths about their mean, which are as good at any x.
         **kwargs: as for `Head`.
+
+    Raises:
+        ConfigError: an argument is out of its range.
     """
 
-    def __init__(self, event_size: int, components: int = 3, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        event_size: int,
+        components: int = 3,
+        *,
+        background: float | str = 0.0,
+        start: str = "clusters",
+        **kwargs: Any,
+    ) -> None:
         if components < 1:
             raise ConfigError(f"components={components}: a mixture needs at least one (k=1)")
+        if start not in STARTS:
+            raise ConfigError(f"start={start!r}: must be one of {', '.join(STARTS)}")
+        if background not in BACKGROUNDS and (
+            isinstance(background, str) or not 0.0 <= background < 1.0
+        ):
+            raise ConfigError(
+                f"background={background}: must be at least 0 and below 1, or one of "
+                f"{', '.join(BACKGROUNDS)}"
+            )
         self._components = int(components)
+        self.background, self.start = background, start
         super().__init__(event_size, **kwargs)
+
+    def _add_statistics(self) -> None:
+        super()._add_statistics()
+        if self.background != 0.0:
+            given = self.background
+            weight = MOST_WEIGHT if isinstance(given, str) else given
+            self.background_weight = self._statistic("background_weight", [], weight)
+
+    @property
+    def statistics(self) -> dict[str, tf.Variable]:
+        own = {} if self.background == 0.0 else {"background_weight": self.background_weight}
+        return {**super().statistics, **own}
+
+    def _adapt_background(self, rows: int) -> None:
+        if self.background == "auto":
+            self.background_weight.assign(min(MOST_WEIGHT, PSEUDO_ROWS / rows))
 
     @property
     def components(self) -> int:
+        """K, without the background."""
         return self._components
 
+    @property
+    def _logits_size(self) -> int:
+        return self.components + (self.background == "learned")
+
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "components": self.components}
+        own = {"components": self.components, "background": self.background, "start": self.start}
+        return {**super().get_config(), **own}
+
+    def _start(self, y: np.ndarray, rng: np.random.Generator) -> Start:
+        return centre(y, self.components) if self.start == "centre" else super()._start(y, rng)
+
+    # ------------------------------------------------------------------ background
+
+    def _with_background(
+        self, logits: tf.Tensor, loc: tf.Tensor, *scales: tuple[tf.Tensor, tf.Tensor]
+    ) -> list[tf.Tensor]:
+        """Return logits, loc and scales of the mixture, the background behind the K components.
+
+        Args:
+            logits: [.., K], or [.., K + 1] where the weight is learned.
+            loc: [.., K, D].
+            *scales: for each tensor [.., K, *event] what the background has there, [*event].
+        """
+        if self.background == 0.0:
+            return [logits, loc, *(scale for scale, _ in scales)]
+        if logits.shape[-1] == self.components:
+            weight = self.background_weight
+            logits = tf.nn.log_softmax(logits) + tf.math.log1p(-weight)
+            last = tf.zeros_like(logits[..., :1]) + tf.math.log(weight)
+            logits = tf.concat([logits, last], axis=-1)
+        joined = []
+        for tensor, row in ((loc, self.y_loc), *scales):
+            axis = tensor.shape.rank - row.shape.rank - 1  # of K
+            last = tf.zeros_like(tf.gather(tensor, [0], axis=axis)) + row
+            joined.append(tf.concat([tensor, last], axis=axis))
+        return [logits, *joined]
+
+    def _without_background(
+        self, logits: tf.Tensor, loc: tf.Tensor, *scales: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """Return what `_with_background` was given, the logits up to a constant."""
+        k, rank = self.components, logits.shape.rank
+        rest = [tf.gather(t, tf.range(k), axis=rank - 1) for t in (loc, *scales)]
+        return [logits[..., : self._logits_size], *rest]
+
+    def _mixed_log_prob(self, log_prob, logits, unit):
+        if self.background == 0.0:
+            mixed = tf.reduce_logsumexp(logits + log_prob, axis=1)
+            return mixed - tf.reduce_logsumexp(logits, axis=1)
+        z = unit / BACKGROUND_SCALE
+        constant = np.log(BACKGROUND_SCALE) + 0.5 * LOG_2_PI
+        behind = -tf.reduce_sum(0.5 * tf.square(z) + constant, axis=1)  # [M, B]
+        if self.background == "learned":
+            log_prob = tf.concat([log_prob, behind[:, tf.newaxis]], axis=1)
+            mixed = tf.reduce_logsumexp(logits + log_prob, axis=1)
+            return mixed - tf.reduce_logsumexp(logits, axis=1)
+        mixed = tf.reduce_logsumexp(logits + log_prob, axis=1)
+        mixed += tf.math.log1p(-self.background_weight) - tf.reduce_logsumexp(logits, axis=1)
+        behind += tf.math.log(self.background_weight)
+        return tf.reduce_logsumexp(tf.stack([mixed, behind]), axis=0)
+
+    @property
+    def _background_scale(self) -> tf.Tensor:
+        """[D], the standard deviations of the background."""
+        return BACKGROUND_SCALE * self.y_scale
 
 
 @register
@@ -49,27 +167,32 @@ class Mixture(MixtureHead):
     @property
     def layout(self) -> dict[str, tuple[int, ...]]:
         k, d = self.components, self.event_size
-        return {"logits": (k,), "loc": (k, d), "unconstrained_scale": (k, d * (d + 1) // 2)}
+        return {
+            "logits": (self._logits_size,),
+            "loc": (k, d),
+            "unconstrained_scale": (k, d * (d + 1) // 2),
+        }
 
     def _density(self, params: tf.Tensor) -> GaussianMixture:
         parts = self.split(params)
-        return GaussianMixture(
-            parts["logits"],
-            self._loc(parts["loc"]),
-            self._scale_tril(parts["unconstrained_scale"]),  # [.., K, D, D]
-        )
+        scale_tril = self._scale_tril(parts["unconstrained_scale"])  # [.., K, D, D]
+        return self._from_gaussians(parts["logits"], self._loc(parts["loc"]), scale_tril)
 
     def _parameters_of(self, distribution: Any) -> tf.Tensor:
+        logits, loc, scale_tril = self._without_background(
+            distribution.logits, distribution.loc, distribution.scale_tril
+        )
         return self.join(
             {
-                "logits": distribution.logits,
-                "loc": self._loc_inverse(distribution.loc),
-                "unconstrained_scale": self._scale_tril_inverse(distribution.scale_tril),
+                "logits": logits,
+                "loc": self._loc_inverse(loc),
+                "unconstrained_scale": self._scale_tril_inverse(scale_tril),
             }
         )
 
     def _from_gaussians(self, logits, loc, scale_tril):
-        return GaussianMixture(logits, loc, scale_tril)
+        behind = tf.linalg.diag(self._background_scale)
+        return GaussianMixture(*self._with_background(logits, loc, (scale_tril, behind)))
 
 
 @register
@@ -79,27 +202,31 @@ class MixtureDiag(MixtureHead):
     @property
     def layout(self) -> dict[str, tuple[int, ...]]:
         k, d = self.components, self.event_size
-        return {"logits": (k,), "loc": (k, d), "unconstrained_scale": (k, d)}
+        return {"logits": (self._logits_size,), "loc": (k, d), "unconstrained_scale": (k, d)}
 
     def _density(self, params: tf.Tensor) -> GaussianMixture:
         parts = self.split(params)
-        return GaussianMixture.from_diag(
-            parts["logits"],
-            self._loc(parts["loc"]),
-            self._scale_diag(parts["unconstrained_scale"]),  # [.., K, D]
-        )
+        scale_diag = self._scale_diag(parts["unconstrained_scale"])  # [.., K, D]
+        return self._from_diag(parts["logits"], self._loc(parts["loc"]), scale_diag)
+
+    def _from_diag(self, logits: tf.Tensor, loc: tf.Tensor, scale: tf.Tensor) -> GaussianMixture:
+        behind = self._background_scale
+        return GaussianMixture.from_diag(*self._with_background(logits, loc, (scale, behind)))
 
     def _parameters_of(self, distribution: Any) -> tf.Tensor:
+        logits, loc, scale_diag = self._without_background(
+            distribution.logits, distribution.loc, distribution.scale_diag
+        )
         return self.join(
             {
-                "logits": distribution.logits,
-                "loc": self._loc_inverse(distribution.loc),
-                "unconstrained_scale": self._scale_diag_inverse(distribution.scale_diag),
+                "logits": logits,
+                "loc": self._loc_inverse(loc),
+                "unconstrained_scale": self._scale_diag_inverse(scale_diag),
             }
         )
 
     def _from_gaussians(self, logits, loc, scale_tril):
-        return GaussianMixture.from_diag(logits, loc, tf.norm(scale_tril, axis=-1))
+        return self._from_diag(logits, loc, tf.norm(scale_tril, axis=-1))
 
 
 @register
@@ -121,7 +248,11 @@ class MixturePrecision(MixtureHead):
     @property
     def layout(self) -> dict[str, tuple[int, ...]]:
         k, d = self.components, self.event_size
-        return {"logits": (k,), "loc": (k, d), "unconstrained_precision": (k, d * (d + 1) // 2)}
+        return {
+            "logits": (self._logits_size,),
+            "loc": (k, d),
+            "unconstrained_precision": (k, d * (d + 1) // 2),
+        }
 
     def _density(self, params: tf.Tensor) -> GaussianMixture:
         parts = self.split(params)
@@ -129,20 +260,28 @@ class MixturePrecision(MixtureHead):
             parts["unconstrained_precision"],
             lambda raw: scales.precision_diag(raw, *self._precision_bounds),
         )
+        factor = unit / self.y_scale[:, tf.newaxis]  # [.., K, D, D]
+        return self._from_precisions(parts["logits"], self._loc(parts["loc"]), factor)
+
+    def _from_precisions(
+        self, logits: tf.Tensor, loc: tf.Tensor, factor: tf.Tensor
+    ) -> GaussianMixture:
+        behind = tf.linalg.diag(1.0 / self._background_scale)
         return GaussianMixture.from_precision_tril(
-            parts["logits"],
-            self._loc(parts["loc"]),
-            unit / self.y_scale[:, tf.newaxis],  # [.., K, D, D]
+            *self._with_background(logits, loc, (factor, behind))
         )
 
     def _parameters_of(self, distribution: Any) -> tf.Tensor:
-        unit = distribution.precision_tril * self.y_scale[:, tf.newaxis]
+        logits, loc, factor = self._without_background(
+            distribution.logits, distribution.loc, distribution.precision_tril
+        )
+        unit = factor * self.y_scale[:, tf.newaxis]
         raw = scales.precision_diag_inverse(tf.linalg.diag_part(unit), *self._precision_bounds)
         triangle = tf.linalg.set_diag(unit, raw)
         return self.join(
             {
-                "logits": distribution.logits,
-                "loc": self._loc_inverse(distribution.loc),
+                "logits": logits,
+                "loc": self._loc_inverse(loc),
                 "unconstrained_precision": tfp.math.fill_triangular_inverse(triangle),
             }
         )
@@ -161,7 +300,7 @@ class MixturePrecision(MixtureHead):
         narrowest = tf.constant(1.0 / self._narrowest_start, self.dtype)  # [D]
         diagonal = tf.clip_by_value(tf.linalg.diag_part(unit), widest, narrowest)
         unit = tf.linalg.set_diag(unit, diagonal)
-        return GaussianMixture.from_precision_tril(logits, loc, unit / self.y_scale[:, tf.newaxis])
+        return self._from_precisions(logits, loc, unit / self.y_scale[:, tf.newaxis])
 
 
 @register
@@ -195,7 +334,7 @@ class MixtureLowRank(MixtureHead):
     def layout(self) -> dict[str, tuple[int, ...]]:
         k, d = self.components, self.event_size
         return {
-            "logits": (k,),
+            "logits": (self._logits_size,),
             "loc": (k, d),
             "unconstrained_scale": (k, d),
             "factor": (k, d, self.rank),
@@ -203,20 +342,27 @@ class MixtureLowRank(MixtureHead):
 
     def _density(self, params: tf.Tensor) -> GaussianMixture:
         parts = self.split(params)
-        return GaussianMixture.from_low_rank(
-            parts["logits"],
-            self._loc(parts["loc"]),
-            self._scale_diag(parts["unconstrained_scale"]),  # [.., K, D]
-            self.y_scale[:, tf.newaxis] * parts["factor"],  # [.., K, D, R]
-        )
+        scale_diag = self._scale_diag(parts["unconstrained_scale"])  # [.., K, D]
+        factor = self.y_scale[:, tf.newaxis] * parts["factor"]  # [.., K, D, R]
+        return self._from_factors(parts["logits"], self._loc(parts["loc"]), scale_diag, factor)
+
+    def _from_factors(
+        self, logits: tf.Tensor, loc: tf.Tensor, scale_diag: tf.Tensor, factor: tf.Tensor
+    ) -> GaussianMixture:
+        none = tf.zeros([self.event_size, self.rank], self.dtype)
+        parts = (scale_diag, self._background_scale), (factor, none)
+        return GaussianMixture.from_low_rank(*self._with_background(logits, loc, *parts))
 
     def _parameters_of(self, distribution: Any) -> tf.Tensor:
+        logits, loc, scale_diag, factor = self._without_background(
+            distribution.logits, distribution.loc, distribution.scale_diag, distribution.factor
+        )
         return self.join(
             {
-                "logits": distribution.logits,
-                "loc": self._loc_inverse(distribution.loc),
-                "unconstrained_scale": self._scale_diag_inverse(distribution.scale_diag),
-                "factor": distribution.factor / self.y_scale[:, tf.newaxis],
+                "logits": logits,
+                "loc": self._loc_inverse(loc),
+                "unconstrained_scale": self._scale_diag_inverse(scale_diag),
+                "factor": factor / self.y_scale[:, tf.newaxis],
             }
         )
 
@@ -248,7 +394,7 @@ class MixtureLowRank(MixtureHead):
         own = np.einsum("kdd->kd", covariance) - np.square(factor).sum(axis=-1)
         scale = np.maximum(np.sqrt(np.maximum(own, 0.0)), self._narrowest_start)
         y_scale = self.y_scale.numpy()
-        return GaussianMixture.from_low_rank(
+        return self._from_factors(
             logits,
             loc,
             tf.constant(y_scale * scale, self.dtype),

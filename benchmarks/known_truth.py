@@ -1,0 +1,369 @@
+"""Regret against the number of rows, on tasks whose true density is known.
+
+    python -m benchmarks.known_truth
+
+Of n rows a model learns a density q; its regret is the mean of log p - log q over fresh test rows,
+p the truth: the NLL less its least possible value. What is done is kept in the JSON file, and a
+command that was interrupted goes on there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mdn.cli.quiet import import_tensorflow
+from mdn.errors import MDNError
+
+TASKS = {
+    "econ_density": "EconDensity",
+    "arma_jump": "ArmaJump",
+    "skew_normal": "SkewNormal",
+    "linear_gaussian": "LinearGaussian",
+    "two_moons": "TwoMoons",
+    "two_gaussians": "two Gaussians",
+    "slcp": "SLCP",
+    "sinusoid": "sinusoid",
+}
+SIZES = tuple(sorted([*(100 * 2**i for i in range(11)), 100_000]))
+TEST_ROWS = 20_000
+HELD_OUT = 0.2  # share of the n rows that each member validates on
+LEAST = 50  # rows
+OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+STORE = Path("runs") / "known_truth.json"
+
+
+def recipe(n: int) -> list[str]:
+    """Return the options by which a density is learned from n rows: the same for every task."""
+    return ["experiment=tabular", "trainer.verbose=0"]
+
+
+def train(task: str, n: int, seed: int) -> dict[str, float]:
+    """Learn one task from n rows, held-out ones included, and judge it on fresh test rows."""
+    import tf_keras
+
+    from mdn.budget import epoch_steps, settle
+    from mdn.config import compose_config, make
+    from mdn.evaluation import evaluate
+    from mdn.preparation import compile_model
+    from mdn.runs import RunDirectory
+    from mdn.tasks import build_model
+    from mdn.training import fit, make_callbacks, seed_everything
+
+    held_out = round(HELD_OUT * n)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = compose_config(
+            [
+                *(f"data={task}", f"data.rows={n - held_out}", f"data.validation_rows={held_out}"),
+                *(f"data.test_rows={TEST_ROWS}", f"seed={seed}", f"output_dir={scratch}"),
+                *("callbacks.tensorboard=null", "callbacks.checkpoint=null"),
+                *recipe(n),
+            ]
+        )
+        seed_everything(config)
+        data = make(config, "data").load()
+        config = settle(config, data)
+        model = build_model(config, data)
+        compile_model(model, config, epoch_steps(config, data))
+        directory = RunDirectory(config)
+        fit(model, config, data, directory, *make_callbacks(config, data, directory))
+        metrics = evaluate(model, data).metrics
+    names = {
+        "nll": "test/nll",
+        "nll_se": "test/nll_se",
+        "regret": "test/regret",
+        "regret_se": "test/regret_se",
+        "coverage90": "test/coverage90",
+        "entropy": "data/entropy",
+    }
+    del model
+    tf_keras.backend.clear_session()  # programs of this size serve no other
+    gc.collect()
+    return {name: metrics[key] for name, key in names.items()}
+
+
+# ---------------------------------------------------------------------- results
+
+
+@dataclasses.dataclass
+class Results:
+    """What was measured, in a JSON file that is written after each cell.
+
+    Attributes:
+        path: the file.
+        settings: all that the numbers depend on.
+        cells: task -> n -> regret, regret_se, nll, nll_se, coverage90, entropy, seconds.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    cells: dict[str, dict[int, dict[str, float]]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, settings: dict[str, Any]) -> Results:
+        """Return what is in the file, or nothing where there is none.
+
+        Raises:
+            MDNError: the file cannot be read, or its numbers were made in another way.
+        """
+        results = cls(path, json.loads(json.dumps(settings)))
+        if not path.exists():
+            return results
+        try:
+            found = json.loads(path.read_text())
+            before, cells = found["settings"], found["tasks"]
+            results.cells = {t: {int(n): c for n, c in row.items()} for t, row in cells.items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise MDNError(
+                f"--json {path} is not a file of this benchmark ({error!r}): name another"
+            ) from error
+        changed = [k for k in results.settings if before.get(k) != results.settings[k]]
+        if changed:
+            raise MDNError(
+                f"--json {path} holds numbers of another {changed[0]}: remove it, or name another"
+            )
+        return results
+
+    def add(self, task: str, n: int, cell: dict[str, float]) -> None:
+        """Keep a cell, and write the file: whole, or not at all."""
+        self.cells.setdefault(task, {})[n] = cell
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        slopes = {task: slope(row) for task, row in self.cells.items()}
+        content = {
+            "settings": self.settings,
+            "tasks": {
+                task: {str(n): row[n] for n in sorted(row)} for task, row in self.cells.items()
+            },
+            "slopes": {task: s for task, s in slopes.items() if s is not None},
+        }
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+            os.replace(partial, self.path)
+        except OSError as error:
+            raise MDNError(f"cannot write {self.path}: {error.strerror}") from error
+
+
+def slope(row: dict[int, dict[str, float]]) -> list[float] | None:
+    """Return the slope of log regret over log n and its standard error, by least squares.
+
+    Only regrets above two standard errors have a logarithm that says something; from fewer than
+    three of them there is no slope.
+    """
+    points = [(n, c["regret"]) for n, c in row.items() if c["regret"] > 2 * c["regret_se"]]
+    if len(points) < 3:
+        return None
+    x, y = np.log(np.array(sorted(points))).T
+    x = x - x.mean()
+    b = float(x @ y / (x @ x))
+    residual = y - y.mean() - b * x
+    return [b, float(np.sqrt(residual @ residual / (len(x) - 2) / (x @ x)))]
+
+
+def markdown(results: Results, tasks: Sequence[str], sizes: Sequence[int]) -> str:
+    """Return the table of the cells that there are."""
+    tasks = [t for t in tasks if t in results.cells]
+    lines = [
+        "| n | " + " | ".join(TASKS[t] for t in tasks) + " |",
+        "| --- |" + " --- |" * len(tasks),
+    ]
+
+    def add(label: str, values: Sequence[str]) -> None:
+        lines.append(f"| {label} | " + " | ".join(values) + " |")
+
+    for n in sizes:
+        cells = [results.cells[t].get(n) for t in tasks]
+        if any(cells):
+            add(
+                f"{n:,}", [f"{c['regret']:.4f} ± {c['regret_se']:.4f}" if c else "" for c in cells]
+            )
+    slopes = [slope(results.cells[t]) for t in tasks]
+    add("slope", [f"{s[0]:.2f} ± {s[1]:.2f}" if s else "" for s in slopes])
+    add("H", [f"{next(iter(results.cells[t].values()))['entropy']:.4f}" for t in tasks])
+    return "\n".join(lines)
+
+
+def _with_error(cell: dict[str, float]) -> str:
+    return f"{cell['regret']:.4f} ± {cell['regret_se']:.4f}"
+
+
+def page(results: Results, command: str) -> str:
+    """Return the page of the documentation."""
+    seconds = sum(c["seconds"] for row in results.cells.values() for c in row.values())
+    return f"""# Regret where the truth is known
+
+What the default recipe loses against the true density, in nats a row: the mean of log p - log q
+over {TEST_ROWS:,} fresh test rows, with its standard error. Of n rows, {HELD_OUT:.0%} validate.
+The last rows are the slope of log regret over log n, over the regrets above two standard errors,
+and the entropy H of the truth, which no density can fall below.
+
+    {command}
+
+![Regret against n](known_truth.png)
+
+{markdown(results, [*TASKS], SIZES)}
+
+The same options for all tasks and all n: `{" ".join(recipe(0))}`. Seed
+{results.settings["seed"]}; no choice was made by looking at test rows.
+{seconds / 60:.0f} minutes on {os.cpu_count()} cores ({platform.machine()}).
+"""
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw regret against n, both on logarithmic axes, with bars of one standard error."""
+    from matplotlib.figure import Figure
+
+    from mdn.plots import style_axes
+
+    figure = Figure(figsize=(8, 5.5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    style_axes(axes, "n, rows to learn from", "regret, nats per row")
+    for task, row in results.cells.items():
+        n = np.array(sorted(row))
+        regret, error = (np.array([row[i][k] for i in n]) for k in ("regret", "regret_se"))
+        shown = regret > 0
+        low = np.minimum(error, 0.9 * np.abs(regret))  # a logarithmic axis has no zero
+        axes.errorbar(
+            n[shown], regret[shown], [low[shown], error[shown]], fmt="o-", label=TASKS[task],
+            markersize=4, linewidth=1.6, capsize=2,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=160)
+
+
+# ---------------------------------------------------------------------- command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is not measured yet, print the table; 2 after a mistake, 130 after Ctrl-C."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    settings = {
+        "recipe": {str(n): recipe(n) for n in SIZES},
+        "test_rows": TEST_ROWS,
+        "held_out": HELD_OUT,
+        "seed": options.seed,
+    }
+    console = Console()
+    try:
+        results = Results.open(options.json, settings)
+        run(options, results, console)
+    except MDNError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command goes on from {options.json}", file=sys.stderr)
+        return 130
+    print(markdown(results, options.tasks, options.n))
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "known_truth.md").write_text(page(results, _command(options)))
+        draw(results, options.output / "known_truth.png")
+        print(f"written: {options.output / 'known_truth.md'}")
+    print(f"all numbers: {options.json}")
+    return 0
+
+
+def run(options: argparse.Namespace, results: Results, console: Console) -> None:
+    """Train and judge each cell that the results do not hold."""
+    todo = [(t, n) for n in options.n for t in options.tasks if n not in results.cells.get(t, {})]
+    if not todo:
+        return
+    import_tensorflow()
+    from mdn.training import InterruptedRunError
+
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bar = progress.add_task("", total=len(options.n) * len(options.tasks))
+        progress.advance(bar, len(options.n) * len(options.tasks) - len(todo))
+        for task, n in todo:
+            progress.update(bar, description=f"{TASKS[task]}, n = {n:,}")
+            start = time.perf_counter()
+            try:
+                cell = train(task, n, options.seed)
+            except InterruptedRunError:
+                raise KeyboardInterrupt from None
+            cell["seconds"] = round(time.perf_counter() - start, 1)
+            results.add(task, n, cell)
+            done = f"{TASKS[task]}, n = {n:,}: {_with_error(cell)} ({cell['seconds']:.0f} s)"
+            progress.console.print(done)
+            progress.advance(bar)
+
+
+def _command(options: argparse.Namespace) -> str:
+    words = ["python -m benchmarks.known_truth"]
+    if options.tasks != list(TASKS):
+        words.append(f"--tasks {','.join(options.tasks)}")
+    if options.n != list(SIZES):
+        words.append(f"--n {','.join(map(str, options.n))}")
+    return " ".join(words + ([f"--seed {options.seed}"] if options.seed else []))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options; a run of everything is written to the documentation by default."""
+    doc = (__doc__ or "").split("\n")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.known_truth", description=doc[0])
+
+    def names(text: str) -> list[str]:
+        for name in (found := text.split(",")):
+            if name not in TASKS:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {','.join(TASKS)}")
+        return list(dict.fromkeys(found))
+
+    def numbers(text: str) -> list[int]:
+        try:
+            found = sorted({int(word.replace("_", "")) for word in text.split(",")})
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of rows") from None
+        if found[0] < LEAST:
+            raise argparse.ArgumentTypeError(f"{found[0]} rows are too few: at least {LEAST}")
+        return found
+
+    def seed(text: str) -> int:
+        if not text.isdigit():
+            raise argparse.ArgumentTypeError(f"{text!r} is no seed: give 0 or more")
+        return int(text)
+
+    parser.add_argument(
+        "--tasks", type=names, default=[*TASKS], metavar="A,B", help=f"of {','.join(TASKS)}"
+    )
+    parser.add_argument(
+        "--n", type=numbers, default=[*SIZES], metavar="N,M",
+        help=f"numbers of rows; default {','.join(map(str, SIZES))}",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=seed, default=0, help="of rows and weights; default 0")
+    parser.add_argument(
+        "--json", type=Path, default=STORE, metavar="OUT",
+        help=f"the numbers, and where to go on; default {STORE}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR",
+        help="write known_truth.md and .png there; default docs/benchmarks, of everything",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.output is None and (options.tasks, options.n) == ([*TASKS], [*SIZES]):
+        options.output = OUTPUT
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Fits of the splits of one set, one after the other, by the same compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tf_keras
+from omegaconf import DictConfig
+
+from mdn.budget import epoch_steps, settle
+from mdn.config import compose_config, make
+from mdn.data.rows import Data
+from mdn.errors import DataError
+from mdn.preparation import compile_model
+from mdn.recipes import VARIANTS, best_of, fit_members, variant
+from mdn.tasks import build_model
+from mdn.training import seed_everything
+
+
+@dataclasses.dataclass
+class _Built:
+    """A compiled model, and how to make it as good as new for the next split.
+
+    Attributes:
+        model: an ensemble.
+        shape: of the rows that its program is for.
+        optimizer: the variables of the optimizer before the first step.
+    """
+
+    model: Any
+    shape: tuple[int, ...]
+    optimizer: list[np.ndarray]
+
+    def adapt(self, config: DictConfig, data: Data) -> None:
+        """Start anew on other rows, with the program that is there.
+
+        Raises:
+            DataError: the rows need another embedding.
+        """
+        self.model.adapt(data.train.x, data.train.y, seed=config.seed)
+        optimizer, weights = self.model.optimizer, self.model.trainable_variables
+        for variable, value in zip(optimizer.variables, self.optimizer, strict=True):
+            variable.assign(value)
+        if optimizer.use_ema:
+            averages = optimizer._model_variables_moving_average
+            for average, weight in zip(averages, weights, strict=True):
+                average.assign(weight)
+
+
+class Fitter:
+    """Trains the model of a config on one split of a set after the other.
+
+    Args:
+        path: of the set.
+        overrides: of `experiment=tabular`.
+    """
+
+    def __init__(self, path: Path, overrides: list[str]) -> None:
+        self.path, self.overrides = path, overrides
+        self._built: dict[str, _Built] = {}
+
+    def fit(self, split: int, progress: Callable[[float], None]) -> tuple[Any, Data, str]:
+        """Return the model, trained on a split, the rows of that split, and the recipe's name.
+
+        Args:
+            split: its number.
+            progress: called with the share of the training that is done.
+        """
+        rows = ["data=npz", f"data.path='{self.path}'", f"data.fold={split}"]
+        config = compose_config(["experiment=tabular", *rows, *self.overrides])
+        data: Data = make(config, "data").load()
+        names = list(VARIANTS) if config.recipe == "auto" else list(VARIANTS)[:1]
+        scores = {}
+        for i, name in enumerate(names):
+            settled = settle(variant(config, name), data)
+            seed_everything(settled)
+            model = self._adapted(name, settled, data)
+            report = _Progress(progress, i, len(names), settled.trainer.epochs)
+            scores[name] = fit_members(model, settled, data, [report])
+        chosen = best_of(scores)
+        return self._built[chosen].model, data, chosen
+
+    def _adapted(self, name: str, config: DictConfig, data: Data) -> Any:
+        """Return the model as `build_model` and `compile_model` leave it."""
+        steps = epoch_steps(config, data)
+        shape = len(data.train), len(data.validation), len(data.test), steps
+        built = self._built.get(name)
+        if built is not None and built.shape == shape:
+            try:
+                built.adapt(config, data)
+                return built.model
+            except DataError:  # a split whose features have other values
+                pass
+        model = build_model(config, data)
+        compile_model(model, config, steps)
+        model.optimizer.build(model.trainable_variables)
+        start = [variable.numpy() for variable in model.optimizer.variables]
+        self._built[name] = _Built(model, shape, start)
+        return model
+
+
+class _Progress(tf_keras.callbacks.Callback):
+    """Reports the share of the training that is done: of recipe i of so many."""
+
+    def __init__(self, report: Callable[[float], None], i: int, count: int, epochs: int) -> None:
+        super().__init__()
+        self.report, self.i, self.count, self.epochs = report, i, count, epochs
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.report((self.i + (epoch + 1) / self.epochs) / self.count)

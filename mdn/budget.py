@@ -1,0 +1,59 @@
+"""How long to train, and on how many rows at a time, where `auto` leaves it to the data."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+from omegaconf import DictConfig
+
+from mdn.data.rows import Data
+
+SMALLEST_BATCH, LARGEST_BATCH = 32, 256
+LEAST_STEPS, MOST_STEPS = 2500, 8000
+PASSES = 60
+
+
+def batch_size(rows: int) -> int:
+    """Return the power of two nearest to a sixteenth of the rows, between 32 and 256."""
+    size = 2 ** round(math.log2(max(rows, 1) / 16.0))
+    return min(max(size, SMALLEST_BATCH), LARGEST_BATCH)
+
+
+def train_steps(rows: int, batch: int) -> int:
+    """Return the steps of 60 passes over the rows, between 2,500 and 8,000."""
+    return min(max(PASSES * rows // batch, LEAST_STEPS), MOST_STEPS)
+
+
+def settle(config: DictConfig, data: Data) -> DictConfig:
+    """Return the config with numbers in place of each `auto` of the trainer."""
+    config = copy.deepcopy(config)
+    trainer = config.trainer
+    rows = data.train_rows + (len(data.validation) if config.ensemble > 1 else 0)
+    if trainer.batch_size == "auto":
+        trainer.batch_size = min(batch_size(rows), member_rows(config, data))
+    if trainer.steps == "auto":
+        trainer.steps = train_steps(rows, trainer.batch_size)
+    return config
+
+
+def member_rows(config: DictConfig, data: Data) -> int:
+    """Return the number of rows that each network learns from."""
+    if config.folds is None or not is_random(config, data):
+        return data.train_rows
+    rows = data.train_rows + len(data.validation)
+    return rows - rows // config.folds
+
+
+def is_random(config: DictConfig, data: Data) -> bool:
+    """Whether any row of train and validation rows could be a validation row as well."""
+    random = config.data.get("split", "random") == "random"
+    return random and data.validation is not data.train and data.stream is None
+
+
+def epoch_steps(config: DictConfig, data: Data) -> int:
+    """Return the train steps of an epoch, of a config that is settled."""
+    trainer = config.trainer
+    if trainer.steps is not None:
+        return math.ceil(trainer.steps / trainer.epochs)
+    return member_rows(config, data) // trainer.batch_size

@@ -1,0 +1,234 @@
+"""Tables for a model that is trained already: it knows which columns it needs, and of what kind.
+
+A file is read in blocks, so that memory does not grow with it. The order of its columns does not
+matter, nor do others that it has.
+
+Shape letters: D targets, F features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+
+from mdn.data.checks import FLOAT32_MAX, RowName
+from mdn.data.rows import Features
+from mdn.data.tabular import Csv, Parquet, Table, attempt, find_files, to_days, to_number, to_text
+from mdn.errors import DataError
+
+BLOCK_ROWS = 65_536
+_READ_AHEAD = 2**18
+
+Pieces = Iterator[tuple[pd.DataFrame, pa.Table, float]]  # frame, columns to keep, share read
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """The columns that a model was trained on.
+
+    Attributes:
+        features: name -> whether it is text (a category); all others are numbers.
+        targets: D names.
+        matrix: whether x is a matrix [n, F], and not a mapping of columns.
+    """
+
+    features: Mapping[str, bool]
+    targets: Sequence[str]
+    matrix: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TableBlock:
+    """Consecutive rows of a table.
+
+    Attributes:
+        x: [n, F], or name -> [n] float64 or objects (str, None where missing).
+        y: [n, D] float64, NaN where missing; None if the table has no target column.
+        kept: [n, ..], the columns that were asked for, as they are.
+        rows: n.
+        share: of the table that is read now, from 0 to 1.
+    """
+
+    x: Features
+    y: np.ndarray | None
+    kept: pa.Table
+    rows: int
+    share: float
+
+
+def find_tables(path: str) -> tuple[list[Path], type[Table]]:
+    """Return the files that a path stands for, and what reads them: `Csv` or `Parquet`.
+
+    Raises:
+        DataError: there are none, or they are not of one of these kinds.
+    """
+    files = find_files(path, (*Csv.suffixes, *Parquet.suffixes), label="")
+    kinds = {_kind_of(file) for file in files}
+    if len(kinds) > 1:
+        raise DataError(f"{path} has CSV and Parquet files: give files of one kind")
+    return files, kinds.pop()
+
+
+class TableReader:
+    """Reads the columns that a schema asks for.
+
+    Args:
+        schema: what the model needs.
+        path: a CSV or Parquet file, a folder of either, or a glob.
+        keep: other columns to hand through.
+        known: whether the targets must be there too.
+
+    Raises:
+        DataError: the path leads to no table, or a column that must be there is not.
+    """
+
+    def __init__(
+        self, schema: Schema, path: str, keep: Sequence[str] = (), known: bool = False
+    ) -> None:
+        self.schema = schema
+        self.path = path
+        self.keep = list(keep)
+        self.files, kind = find_tables(path)
+        names = kind(path=path).common_names(self.files)
+        needed = [*schema.features, *(schema.targets if known else ()), *self.keep]
+        if missing := [name for name in needed if name not in names]:
+            listed = ", ".join(map(repr, missing))
+            raise DataError(
+                f"{path} lacks the column{'s' * (len(missing) > 1)} {listed}: it has "
+                f"{', '.join(names)}"
+            )
+        self.targets = [name for name in schema.targets if name in names]
+        used = list(dict.fromkeys([*schema.features, *self.targets, *self.keep]))
+        # Without a column no row would be counted.
+        self._used = used or names[:1]
+        self._read: Callable[[Path], Pieces] = (
+            self._read_csv if kind is Csv else self._read_parquet
+        )
+
+    def blocks(self) -> Iterator[TableBlock]:
+        """Yield the rows in order, `BLOCK_ROWS` at a time: the same blocks each time.
+
+        Raises:
+            DataError: a file cannot be read, or a value is not what the model takes.
+        """
+        sizes = [file.stat().st_size for file in self.files]
+        done = 0
+        for file, size in zip(self.files, sizes, strict=True):
+            start = 0
+            for frame, kept, share in self._read(file):
+                if frame.empty:
+                    continue
+                part = (done + share * size) / max(sum(sizes), 1)
+                yield self._block(file, start, frame, kept, part)
+                start += len(frame)
+            done += size
+
+    def _block(
+        self, file: Path, start: int, frame: pd.DataFrame, kept: pa.Table, share: float
+    ) -> TableBlock:
+        def row(i: int) -> str:
+            return f"row {start + i} of {file}"
+
+        columns = {
+            name: to_text(frame[name])
+            if text
+            else _number(frame[name], f"feature {name!r}", row, dates=True)
+            for name, text in self.schema.features.items()
+        }
+        x: Features = columns
+        if self.schema.matrix:
+            x = np.empty((len(frame), len(columns)))
+            for i, column in enumerate(columns.values()):
+                x[:, i] = column
+        y = None
+        if self.targets:
+            y = np.full((len(frame), len(self.schema.targets)), np.nan)
+            for i, name in enumerate(self.schema.targets):
+                if name in self.targets:
+                    y[:, i] = _number(frame[name], f"target {name!r}", row)
+        return TableBlock(x, y, kept, len(frame), share)
+
+    def _read_csv(self, file: Path) -> Pieces:
+        size = max(file.stat().st_size, 1)
+        text = [name for name, is_text in self.schema.features.items() if is_text]
+        with warnings.catch_warnings(), file.open("rb") as stream:
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # as `Csv` has it
+            chunks = attempt(
+                Csv.kind,
+                file,
+                lambda _: pd.read_csv(
+                    stream,
+                    chunksize=BLOCK_ROWS,
+                    index_col=False,
+                    dtype=dict.fromkeys(text, str),
+                    compression="gzip" if file.suffix == ".gz" else None,
+                    encoding="utf-8-sig",
+                    skipinitialspace=True,
+                    low_memory=False,
+                    float_precision="round_trip",
+                ),
+            )
+            # All columns are parsed: with `usecols` pandas overlooks rows of too many cells.
+            while (frame := attempt(Csv.kind, file, lambda _: next(chunks, None))) is not None:
+                kept = pa.Table.from_pandas(frame[self.keep], preserve_index=False)
+                yield frame[self._used], kept, min(stream.tell() / size, 1.0)
+
+    def _read_parquet(self, file: Path) -> Pieces:
+        with attempt(
+            Parquet.kind,
+            file,
+            lambda f: pyarrow.parquet.ParquetFile(f, pre_buffer=False, buffer_size=_READ_AHEAD),
+        ) as stream:
+            rows, done = max(stream.metadata.num_rows, 1), 0
+            batches = stream.iter_batches(BLOCK_ROWS, columns=self._used, use_threads=False)
+            while (
+                batch := attempt(Parquet.kind, file, lambda _: next(batches, None))
+            ) is not None:
+                done += batch.num_rows
+                kept = pa.Table.from_batches([batch]).select(self.keep)
+                yield batch.to_pandas(ignore_metadata=True), kept, done / rows
+
+
+def column_of(table: pa.Table, name: str) -> np.ndarray:
+    """Return a column of numbers of a table of kept columns, as [n] float64."""
+    return _number(table[name].to_pandas().rename(name), f"column {name!r}", "row {}".format)
+
+
+def _kind_of(file: Path) -> type[Table]:
+    for kind in (Csv, Parquet):
+        if file.name.endswith(kind.suffixes):
+            return kind
+    raise DataError(
+        f"{file} is neither CSV nor Parquet by its name: it must end in "
+        f"{', '.join((*Csv.suffixes, *Parquet.suffixes))}"
+    )
+
+
+def _number(column: pd.Series, label: str, row: RowName, dates: bool = False) -> np.ndarray:
+    """Return a column of numbers, or of dates where a feature may be one, as [n] float64."""
+    if dates and len(column):
+        kind = pd.api.types.infer_dtype(column, skipna=True)
+        if kind in ("datetime64", "datetime", "date"):
+            return to_days(column)
+        if kind == "string":
+            present = column.dropna()
+            if present.str.match(r"\d{4}-\d\d-\d\d").all():
+                days = pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce")
+                if not (days.isna() & column.notna()).any():
+                    return to_days(days)
+    numbers = to_number(column, label, row)
+    odd = np.abs(numbers) > FLOAT32_MAX
+    if odd.any():
+        i = int(odd.argmax())
+        raise DataError(
+            f"{label} is {numbers[i]} in {row(i)}, which float32 cannot hold: mend or empty that "
+            "cell"
+        )
+    return numbers

@@ -1,0 +1,194 @@
+"""What is done with a run once it is trained: load it, judge it on other rows, draw, export.
+
+Shape letters: N rows, D targets.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mdn.callbacks.checkpoint import read_history
+from mdn.config import make
+from mdn.data.checks import check_rows, check_weight
+from mdn.data.rows import Data, Rows
+from mdn.data.schema import TableReader, column_of
+from mdn.errors import DataError, RunError
+from mdn.export import directory_size
+from mdn.model import load
+from mdn.options import FITTED, GENERATIVE
+from mdn.prediction import (
+    QUANTILES,
+    Prediction,
+    file_identity,
+    predict_file,
+    schema_of,
+)
+from mdn.runs import check_run
+from mdn.tasks import get_task
+
+FORMATS = ("saved_model",)
+
+
+def load_run(run: str | os.PathLike[str]) -> tuple[Any, DictConfig]:
+    """Return the model and the config of a run.
+
+    Raises:
+        RunError: there is no run, or it has no model.
+    """
+    folder = check_run(run)
+    try:
+        config: Any = OmegaConf.load(folder / ".hydra" / "config.yaml")
+        if config.model._target_ == FITTED:
+            raise RunError(
+                f"{run} is a fit without features (model=distribution): its saved_model/ answers, "
+                "and there is nothing to predict from"
+            )
+        # A registered class of the user's own can be loaded once its module is imported.
+        for part in ("backbone", "embedding"):
+            if config.get(part) is not None:
+                importlib.import_module(config[part]._target_.rpartition(".")[0])
+    except (OSError, OmegaConfBaseException, ImportError) as error:
+        raise RunError(f"{run} cannot be read: {' '.join(str(error).split())}") from error
+    return load(folder / "model.keras", compile=False), config
+
+
+def data_of(model: Any, config: DictConfig, table: str | None) -> Data:
+    """Return the rows to judge a model on.
+
+    Args:
+        model: of the run.
+        config: of the run.
+        table: a CSV or Parquet file with targets, a folder or a glob: all of its rows then are
+            test rows, and the baseline is fitted to them too. None: the data of the run itself.
+
+    Raises:
+        DataError: they cannot be used.
+    """
+    if table is None:
+        ignored = config.model._target_ == GENERATIVE and "missing" in config.data
+        return make(config, "data", **({"missing": "indicator"} if ignored else {})).load()
+    name = config.data.get("weight")
+    weighted = isinstance(name, str)
+    reader = TableReader(schema_of(model), table, keep=[name] if weighted else (), known=True)
+    blocks = list(reader.blocks())
+    if not blocks:
+        raise DataError(f"{table} has column names but no rows: give a file with rows")
+    parts: list[Any] = [block.x for block in blocks]
+    if isinstance(parts[0], dict):
+        x: Any = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    else:
+        x = np.concatenate(parts)
+    y = np.concatenate([block.y for block in blocks])
+    weight = None
+    if weighted:
+        weight = np.concatenate([column_of(block.kept, name) for block in blocks])
+        check_weight(weight, f"weight column {name!r}")
+        weight = weight / weight.mean()
+    names = model.column_names
+    check_rows(x, y, model.missing, features=names.features, targets=names.targets)
+    rows = Rows(x, y, weight)
+    return Data(rows, rows, rows, names.features, names.targets, missing=model.missing)
+
+
+def predict_run(
+    run: str | os.PathLike[str],
+    table: str,
+    output: str | os.PathLike[str],
+    *,
+    quantiles: Sequence[float] | None = None,
+    **options: Any,
+) -> Prediction:
+    """Write the answers of a run for each row of a table; see `mdn.prediction.predict_file`."""
+    model, _ = load_run(run)
+    identity = file_identity(Path(run) / "model.keras")
+    quantiles = QUANTILES if quantiles is None else quantiles
+    return predict_file(model, table, output, quantiles=quantiles, identity=identity, **options)
+
+
+def evaluate_run(
+    run: str | os.PathLike[str],
+    table: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+) -> dict[str, float]:
+    """Return the metrics of a run on its own test rows, or on those of a table; see `data_of`.
+
+    Args:
+        run: the run directory.
+        table: as for `data_of`.
+        output: a JSON file for the metrics.
+    """
+    model, config = load_run(run)
+    metrics = get_task(config).score(model, data_of(model, config, table))
+    if output is not None:
+        try:
+            Path(output).write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
+        except OSError as error:
+            raise RunError(f"cannot write {output}: {error.strerror}") from error
+    return metrics
+
+
+def plot_run(
+    run: str | os.PathLike[str],
+    table: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+) -> list[Path]:
+    """Draw the pictures of a run anew, of its own test rows or of those of a table.
+
+    Args:
+        run: the run directory.
+        table: as for `data_of`.
+        output: a folder; by default `plots/` of the run.
+
+    Returns:
+        The files.
+    """
+    model, config = load_run(run)
+    folder = Path(run) / "plots" if output is None else Path(output)
+    data = data_of(model, config, table)
+    get_task(config).judge(model, data, read_history(Path(run) / "checkpoints"), folder)
+    return sorted(folder.glob("*.png"))
+
+
+def export_run(
+    run: str | os.PathLike[str],
+    form: str = "saved_model",
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an artefact of a run, and return its path.
+
+    Args:
+        run: the run directory.
+        form: one of `FORMATS`.
+        output: where to; by default the format's name in the run directory.
+        overwrite: replace what is there, once the new artefact is whole.
+
+    Raises:
+        RunError: something is there already, or there is no model.
+    """
+    path = Path(run) / form if output is None else Path(output)
+    check_run(run)
+    if path.exists() and not overwrite:
+        raise RunError(f"{path} exists: give another --output, or --overwrite")
+    model, config = load_run(run)
+    get_task(config).export(model, path, config, overwrite)
+    return path
+
+
+def describe_artefact(path: Path) -> list[str]:
+    """Return lines on a SavedModel: its size, and each signature with its inputs and outputs."""
+    about: Mapping[str, Any] = json.loads((path / "mdn.json").read_text("utf-8"))
+    lines = [f"{path}: {directory_size(path) / 1e6:.1f} MB, {len(about['signatures'])} signatures"]
+    for name, signature in about["signatures"].items():
+        inputs, outputs = (", ".join(signature[side]) for side in ("inputs", "outputs"))
+        lines.append(f"  {name}({inputs}) -> {outputs}")
+    return lines + [f"  no {name}: {why}" for name, why in about.get("left_out", {}).items()]

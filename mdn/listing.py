@@ -1,0 +1,166 @@
+"""The runs below a folder, as a table: light, without TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mdn.errors import RunError
+
+# Keys that are shown where a run has them, and what they are called.
+SHOWN = {
+    "test/nll": "NLL",
+    "test/elbo": "ELBO",
+    "test/regret": "regret",
+    "test/crps": "CRPS",
+    "test/coverage90": "cover 90 %",
+    "train/seconds": "seconds",
+}
+_HIGHER_IS_BETTER = ("elbo", "rows_per_second")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is known of a run without its model.
+
+    Attributes:
+        path: its directory.
+        overrides: the command line that it came from, without where it went.
+        metrics: of `metrics.json`; empty where it is not finished.
+        data: hash of its rows, which tells whether two runs can be compared.
+        finished: when, or None.
+    """
+
+    path: Path
+    overrides: str
+    metrics: dict[str, float]
+    data: str
+    finished: datetime.datetime | None
+
+
+def find_runs(folder: str | os.PathLike[str]) -> list[Run]:
+    """Return all runs below a folder, or in it.
+
+    Raises:
+        RunError: there is no such folder.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise RunError(f"{folder} is no folder: give one with runs, such as runs")
+    return [_read(path) for path in _directories(place)]
+
+
+def _directories(place: Path) -> Iterator[Path]:
+    """Yield the run directories; there is none inside of another."""
+    if (place / ".hydra" / "config.yaml").is_file():
+        yield place
+        return
+    for child in sorted(place.iterdir()):
+        if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
+            yield from _directories(child)
+
+
+def _read(path: Path) -> Run:
+    record = _json(path / "provenance.json")
+    try:
+        lines = (path / ".hydra" / "overrides.yaml").read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    # A list of plain strings, one a line: no parser of YAML is needed, which takes long to load.
+    words = [line[2:].strip("'\"") for line in lines if line.startswith("- ")]
+    hidden = ("output_dir=", "overwrite=")
+    finished = record.get("finished")
+    metrics = {
+        name: float(value)
+        for name, value in _json(path / "metrics.json").items()
+        if isinstance(value, int | float)
+    }
+    return Run(
+        path,
+        " ".join(word for word in words if not word.startswith(hidden)),
+        metrics,
+        str(record.get("data_sha256", "")),
+        datetime.datetime.fromisoformat(finished) if finished else None,
+    )
+
+
+def _json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def print_runs(runs: list[Run], key: str | None = None, console: Console | None = None) -> None:
+    """Print a table for each set of rows that runs were tested on, the best run first.
+
+    Args:
+        runs: as `find_runs` returns them.
+        key: the metric to sort by; by default test/nll, or else test/elbo.
+        console: where to; by default stdout.
+
+    Raises:
+        RunError: no finished run has the metric.
+    """
+    console = console or Console()
+    finished = [run for run in runs if run.metrics]
+    if key is not None and not any(key in run.metrics for run in finished):
+        known = sorted({name for run in finished for name in run.metrics})
+        raise RunError(f"no run has the metric {key!r}: choose one of {', '.join(known)}")
+    groups: dict[str, list[Run]] = {}
+    for run in finished:
+        groups.setdefault(run.data, []).append(run)
+    for group in groups.values():
+        console.print(_table(sorted(group, key=lambda run: _rank(run, key)), key))
+    for run in runs:
+        if not run.metrics:
+            console.print(f"unfinished: {run.path} {run.overrides}", markup=False)
+    if not runs:
+        console.print("no runs here")
+
+
+def _rank(run: Run, key: str | None) -> float:
+    """Return what is small where a run is good."""
+    name = key or next((n for n in ("test/nll", "test/elbo") if n in run.metrics), None)
+    value = run.metrics.get(name, math.nan) if name else math.nan
+    if math.isnan(value):
+        return math.inf
+    return -value if name and name.endswith(_HIGHER_IS_BETTER) else value
+
+
+def _table(runs: list[Run], key: str | None) -> Table:
+    table = Table(title_justify="left")
+    shown = {n: label for n, label in SHOWN.items() if any(n in run.metrics for run in runs)}
+    if key is not None and key not in shown:
+        shown = {key: key, **shown}
+    table.add_column("run", overflow="fold")
+    for label in shown.values():
+        table.add_column(label, justify="right", no_wrap=True)
+    table.add_column("options", overflow="fold")
+    for run in runs:
+        cells = [_cell(run, name) for name in shown]
+        table.add_row(_plain(str(run.path)), *cells, _plain(run.overrides))
+    return table
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")  # which rich takes for markup
+
+
+def _cell(run: Run, name: str) -> str:
+    if name not in run.metrics:
+        return ""
+    value = run.metrics[name]
+    error = run.metrics.get(f"{name}_se")
+    if name.endswith("seconds"):
+        return f"{value:.0f}"
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")

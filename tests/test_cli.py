@@ -1,0 +1,303 @@
+"""The command `mdn`, as a user types it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from mdn.cli.main import command
+from mdn.config import compose_config
+from mdn.errors import MDNError, RunError
+from mdn.finished import data_of, evaluate_run, export_run, load_run, plot_run
+from mdn.listing import find_runs, print_runs
+
+# On one worker, which makes the fixtures once.
+pytestmark = pytest.mark.xdist_group("cli")
+
+ROOT = Path(__file__).parent.parent
+MAIN = "import sys; sys.argv[0] = 'mdn'; from mdn.cli.main import main; main()"
+
+
+def mdn(*words, **options):
+    command = [sys.executable, "-c", MAIN, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def rows(n, seed=0):
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame({"size": rng.normal(size=n), "kind": rng.choice(["a", "b"], n)})
+    frame["price"] = frame["size"] + 2.0 * (frame["kind"] == "a") + rng.normal(0.0, 0.5, n)
+    return frame
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return the directory of a small run."""
+    from mdn.training import train
+
+    folder = tmp_path_factory.mktemp("cli")
+    rows(300).to_csv(folder / "rows.csv", index=False)
+    train(
+        compose_config(
+            [
+                f"output_dir={folder}/runs/first",
+                *("data=csv", f"data.path={folder}/rows.csv", "data.targets=[price]", "k=2"),
+                *("trainer.epochs=2", "trainer.batch_size=32", "trainer.verbose=0"),
+                *("trainer.compiled=false", "backbone.widths=[8]"),
+                "callbacks.tensorboard.image_every=0",
+            ]
+        ),
+        ["k=2", "output_dir=x"],
+    )
+    return folder / "runs" / "first"
+
+
+# ---------------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize("name", sorted(command.commands))
+def test_every_command_has_help_with_an_example(name):
+    if name == "train":  # whose options are Hydra's
+        assert "mdn train model=mixture" in command.commands[name].help
+        return
+    result = CliRunner().invoke(command, [name, "--help"], prog_name="mdn")
+    assert result.exit_code == 0
+    assert "Example:" in result.output
+    assert f"mdn {name} runs" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bogus"], "No such command 'bogus': see mdn --help"),
+        (["predict", "a"], "Missing argument 'DATA': see mdn predict --help"),
+        (["predict", "a", "b"], "Missing option '-o' / '--output': see mdn predict --help"),
+        (["predict", "a", "b", "-o", "c.parquet", "-q", "2"], "2.0 is not in the range"),
+        (["predict", "none", "b", "-o", "c.parquet"], "none is no run directory"),
+        (["predict", ".", "b", "-o", "c.csv"], "end its name in .parquet"),
+        (["export", "a", "--format", "pickle"], "'pickle' is not"),
+        (["evaluate", "none"], "none is no run directory"),
+        (["plot", "."], "it has no .hydra/config.yaml"),
+        (["runs", "none"], "none is no folder"),
+        (["train", "kk=3"], "kk=3: kk is no option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_words_are_one_line_without_tensorflow(
+    words, message, tmp_path, monkeypatch, capsys
+):
+    """In this process, where an import of TensorFlow would be found out."""
+    from mdn.cli import main as module
+    from mdn.cli import quiet
+
+    def fail():
+        raise AssertionError("TensorFlow is imported")
+
+    monkeypatch.setattr(quiet, "import_tensorflow", fail)
+    monkeypatch.setattr("mdn.cli.train.import_tensorflow", fail)
+    monkeypatch.setattr(sys, "argv", ["mdn", *words])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["predict", "--help"], ["runs", "."]])
+def test_light_commands_import_no_tensorflow(words, tmp_path):
+    code = f"{MAIN.removesuffix('; main()')}\ntry:\n    main()\nfinally:\n    " + (
+        "print('tensorflow' in sys.modules, 'hydra' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+# ---------------------------------------------------------------------- finished runs
+
+
+def test_run_is_loaded_with_the_names_of_its_columns(run):
+    model, config = load_run(run)
+    assert model.column_names.features == ("size", "kind")
+    assert model.column_names.targets == ("price",)
+    assert config.k == 2
+
+
+def test_evaluation_of_a_run_is_that_of_its_training(run, tmp_path):
+    before = json.loads((run / "metrics.json").read_text())
+    metrics = evaluate_run(run, output=tmp_path / "metrics.json")
+    for name in ("test/nll", "test/n", "test/rmse", "baseline/nll"):
+        assert metrics[name] == pytest.approx(before[name], rel=1e-5)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+
+
+def test_evaluation_on_a_table(run, tmp_path):
+    frame = rows(80, seed=1)
+    frame[["price", "kind", "size"]].to_parquet(tmp_path / "new.parquet", index=False)
+    metrics = evaluate_run(run, str(tmp_path / "new.parquet"))
+    model, _ = load_run(run)
+    x = {"size": frame["size"].to_numpy(), "kind": frame["kind"].to_numpy(object)}
+    log_prob = model.log_prob(x, frame[["price"]].to_numpy())
+    assert metrics["test/n"] == 80
+    assert metrics["test/nll"] == pytest.approx(-log_prob.mean(), rel=1e-5)
+    frame.drop(columns="price").to_csv(tmp_path / "unknown.csv", index=False)
+    with pytest.raises(MDNError, match="lacks the column 'price'"):
+        evaluate_run(run, str(tmp_path / "unknown.csv"))
+
+
+def test_weights_of_a_table_weigh(run, tmp_path):
+    frame = rows(60, seed=1)
+    frame["w"] = np.arange(60.0)
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    model, config = load_run(run)
+    config.data.weight = "w"
+    weight = data_of(model, config, str(tmp_path / "new.csv")).test.weight
+    np.testing.assert_allclose(weight, frame["w"] / frame["w"].mean())
+
+
+def test_pictures_are_drawn_anew(run, tmp_path):
+    paths = plot_run(run, output=tmp_path / "pictures")
+    assert {path.name for path in paths} == {path.name for path in (run / "plots").iterdir()}
+
+
+def test_export_does_not_overwrite_unless_asked(run, tmp_path):
+    with pytest.raises(RunError, match="saved_model exists: give another --output"):
+        export_run(run)
+    path = export_run(run, output=tmp_path / "model")
+    description = json.loads((path / "mdn.json").read_text())
+    assert description["config"]["k"] == 2
+    assert description["targets"] == ["price"]
+    export_run(run, output=path, overwrite=True)
+
+
+def test_fit_without_features_says_so(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    text = "model: {_target_: mdn.fit_distribution}\nbackbone: {_target_: mdn.backbones.MLP}\n"
+    (tmp_path / ".hydra" / "config.yaml").write_text(text)
+    with pytest.raises(RunError, match="is a fit without features"):
+        load_run(tmp_path)
+
+
+# ---------------------------------------------------------------------- list
+
+
+def write_run(folder, data, overrides=(), **metrics):
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").write_text("seed: 0\n")
+    text = "".join(f"- {word}\n" for word in overrides)
+    (folder / ".hydra" / "overrides.yaml").write_text(text or "[]\n")
+    if metrics:
+        found = {name.replace("__", "/"): value for name, value in metrics.items()}
+        (folder / "metrics.json").write_text(json.dumps(found))
+        record = {"data_sha256": data, "finished": "2025-01-01T00:00:00+00:00"}
+        (folder / "provenance.json").write_text(json.dumps(record))
+
+
+def test_runs_are_listed_best_first_by_their_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    one = {"test__nll": 1.5, "test__nll_se": 0.25, "train__seconds": 3.0}
+    write_run(tmp_path / "a" / "0", "x", ["k=3", "'data.targets=[y]'"], **one)
+    write_run(tmp_path / "a" / "1", "x", ["k=5", "output_dir=o"], test__nll=0.5)
+    write_run(tmp_path / "b", "x", ["k=7"], test__nll=-1.0)
+    write_run(tmp_path / "c", "other", test__elbo=-3.0)
+    write_run(tmp_path / "d", "other", test__elbo=-2.0)
+    write_run(tmp_path / "e", "x")
+    print_runs(find_runs(tmp_path))
+    out = capsys.readouterr().out
+    order = [out.index(word) for word in ("k=7", "k=5", "k=3", "/d", "/c", "unfinished: ")]
+    assert order == sorted(order)
+    assert "1.5000 ± 0.2500" in out
+    assert "data.targets=[y]" in out
+    assert "output_dir" not in out
+    print_runs(find_runs(tmp_path), "train/seconds")
+    out = capsys.readouterr().out
+    assert out.index("k=3") < out.index("k=7")
+    with pytest.raises(RunError, match="no run has the metric 'nope': choose one of test/elbo"):
+        print_runs(find_runs(tmp_path), "nope")
+
+
+# ---------------------------------------------------------------------- whole commands
+
+
+@pytest.mark.slow
+def test_kill_and_go_on(run, tmp_path):
+    frame = pd.concat([rows(70_000, seed=s) for s in range(3)])
+    frame.to_parquet(tmp_path / "big.parquet", index=False)
+    words = ["predict", run, tmp_path / "big.parquet", "-o", tmp_path / "out.parquet"]
+    process = subprocess.Popen([sys.executable, "-c", MAIN, *map(str, words)])
+    parts = tmp_path / ".out.parquet.partial"
+    while process.poll() is None and not list(parts.glob("*.parquet")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out.parquet").exists()
+    done = mdn(*words)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "of them were there from a command that was stopped" in done.stdout
+    assert "out.parquet: 210,000 rows" in done.stdout
+    found = pd.read_parquet(tmp_path / "out.parquet")
+    x = {"size": frame["size"].to_numpy(), "kind": frame["kind"].to_numpy(object)}
+    expected = load_run(run)[0].predict(x)[:, 0]
+    np.testing.assert_allclose(found["price_mean"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_wheel_in_an_empty_environment_trains_and_predicts(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("mdn-*.whl")
+    assert "mdn/configs/config.yaml" in zipfile.ZipFile(wheel).namelist()
+    # Of this environment all but mdn itself, so that nothing has to be downloaded.
+    home = tmp_path / "home"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
+    (site,) = home.glob("lib/python*/site-packages")
+    target = ["--no-deps", "-q", "--target", str(site), str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *target], check=True)
+    import numpy
+
+    (site / "others.pth").write_text(str(Path(numpy.__file__).parent.parent) + "\n")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    rows(200).to_csv(tmp_path / "rows.csv", index=False)
+
+    def call(*words):
+        script = (
+            f"import mdn; assert mdn.__file__.startswith({str(site)!r}); "
+            "from mdn.cli.main import main; main()"
+        )
+        done = subprocess.run(
+            [home / "bin" / "python", "-c", script, *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    call(
+        *("train", "data=csv", "data.path=rows.csv", "data.targets=[price]", "k=2"),
+        *("trainer.epochs=1", "trainer.batch_size=32", "backbone.widths=[8]"),
+        *("output_dir=run", "callbacks.tensorboard.image_every=0"),
+    )
+    assert "200 rows" in call("predict", "run", "rows.csv", "-o", "out.parquet")
+    assert len(pd.read_parquet(tmp_path / "out.parquet")) == 200
+    names = zipfile.ZipFile(wheel).read(
+        f"{wheel.name.removesuffix('-py3-none-any.whl')}.dist-info/entry_points.txt"
+    )
+    assert b"mdn = mdn.cli.main:main" in names

@@ -1,0 +1,305 @@
+"""Answers for files: the model's own, row by row, whatever the file's columns, kills and all."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet
+import pytest
+import tf_keras
+
+from mdn import MDN, backbones, heads
+from mdn.data.rows import ColumnNames
+from mdn.data.schema import TableReader
+from mdn.errors import ConfigError, DataError, MDNError, RunError
+from mdn.prediction import predict_file, schema_of
+
+# On one worker, which makes the fixtures once.
+pytestmark = pytest.mark.xdist_group("prediction")
+
+N = 300
+
+
+def table(seed, cities=("Bonn", "Ulm")):
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame(
+        {
+            "size": rng.gamma(3.0, 30.0, N),
+            "city": rng.choice(cities, N),
+            "built": pd.Timestamp("2000-01-01") + pd.to_timedelta(rng.integers(0, 8000, N), "D"),
+            "garden": rng.random(N) < 0.5,
+        }
+    )
+    frame["price"] = 3.0 * frame["size"] + 50.0 * frame["garden"] + rng.normal(0.0, 20.0, N)
+    frame["rent"] = 0.004 * frame["price"] + rng.normal(0.0, 0.2, N)
+    return frame
+
+
+def features(frame):
+    """Return the features as a source gives them."""
+    days = (frame["built"] - pd.Timestamp(0)) / pd.Timedelta(days=1)
+    return {
+        "size": frame["size"].to_numpy(np.float64),
+        "city": frame["city"].to_numpy(object),
+        "built": days.to_numpy(np.float64),
+        "garden": frame["garden"].to_numpy(np.float64),
+    }
+
+
+@pytest.fixture(scope="module")
+def model():
+    tf_keras.utils.set_random_seed(0)
+    frame = table(0)
+    model = MDN(heads.Mixture(2, 2), backbones.MLP([8]))
+    model.adapt(features(frame), frame[["price", "rent"]].to_numpy())
+    model.column_names = ColumnNames(("size", "city", "built", "garden"), ("price", "rent"))
+    model.compile("adam", jit_compile=False)  # XLA would compile a program for each test
+    return model
+
+
+def predict(model, data, output, **options):
+    prediction = predict_file(model, str(data), output, **options)
+    return pd.read_parquet(output), prediction
+
+
+def assert_answers(found, model, frame, quantiles=(0.05, 0.5, 0.95)):
+    density = model.predict_distribution(features(frame))
+    for i, target in enumerate(("price", "rent")):
+        for name, value in (("mean", density.mean()), ("stddev", density.stddev())):
+            np.testing.assert_allclose(found[f"{target}_{name}"], value[:, i], rtol=1e-5)
+        for p in quantiles:
+            expected = density.quantile(p)[:, i]
+            np.testing.assert_allclose(found[f"{target}_q{p:g}"], expected, rtol=1e-4)
+    return density
+
+
+# ---------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "parquet"])
+def test_answers_are_the_models_whatever_the_order_of_the_columns(kind, model, tmp_path):
+    frame = table(1)
+    frame["extra"] = "?"
+    frame["key"] = np.arange(N)
+    frame.loc[:9, "rent"] = np.nan
+    frame.loc[:4, "price"] = np.nan
+    path = tmp_path / f"new.{kind}"
+    shuffled = frame[["key", "rent", "garden", "extra", "built", "city", "price", "size"]]
+    if kind == "parquet":
+        shuffled.to_parquet(path, index=False)
+    else:
+        shuffled.to_csv(path, index=False)
+    found, prediction = predict(model, path, tmp_path / "out.parquet", keep=["key"])
+    density = assert_answers(found, model, frame)
+    assert list(found["key"]) == list(frame["key"])
+    log_prob = density.log_prob(frame[["price", "rent"]].to_numpy(np.float32)).numpy()
+    np.testing.assert_allclose(found["log_prob"][5:], log_prob[5:], rtol=1e-4, atol=1e-4)
+    assert found["log_prob"][:5].isna().all()  # nothing is known of them
+    assert (prediction.rows, prediction.scored) == (N, N - 5)
+    assert prediction.log_prob == pytest.approx(log_prob[5:].sum(), rel=1e-4)
+    assert {path.name for path in tmp_path.iterdir()} == {f"new.{kind}", "out.parquet"}
+
+
+def test_without_targets_there_is_no_log_prob(model, tmp_path):
+    table(1).drop(columns=["price", "rent"]).to_csv(tmp_path / "new.csv", index=False)
+    found, prediction = predict(
+        model, tmp_path / "new.csv", tmp_path / "out.parquet", quantiles=[0.25]
+    )
+    assert list(found) == [
+        *("price_mean", "price_stddev", "price_q0.25", "rent_mean", "rent_stddev", "rent_q0.25")
+    ]
+    assert prediction.scored == 0
+
+
+def test_unseen_categories_take_the_unknown_slot_and_are_counted(model, tmp_path):
+    frame = table(1)
+    frame.loc[:6, "city"] = "Paris"
+    frame.loc[7:8, "city"] = None
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    found, prediction = predict(model, tmp_path / "new.csv", tmp_path / "out.parquet")
+    assert prediction.unseen == {"city": 7}
+    assert_answers(found, model, frame)
+    assert "city: 7 rows" in "\n".join(prediction.lines(tmp_path / "out.parquet"))
+
+
+def test_rows_that_lack_a_number_have_empty_answers(model, tmp_path):
+    frame = table(1)
+    frame.loc[3, "size"] = np.nan
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    found, prediction = predict(model, tmp_path / "new.csv", tmp_path / "out.parquet")
+    assert prediction.unanswered == 1
+    assert found.loc[3].isna().all()
+    assert found.drop(index=3).notna().all(axis=None)
+
+
+def test_matrix_model_takes_columns_by_name(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=[50, 2])
+    model = MDN(heads.Diag(1), backbones.MLP([4]))
+    model.adapt(x, x[:, :1] + 1.0)
+    model.compile("adam", jit_compile=False)
+    with pytest.raises(ConfigError, match="does not name its features"):
+        schema_of(model)
+    model.column_names = ColumnNames(("a", "b"), ("y",))
+    pd.DataFrame({"b": x[:, 1], "a": x[:, 0]}).to_csv(tmp_path / "x.csv", index=False)
+    found, _ = predict(model, tmp_path / "x.csv", tmp_path / "out.parquet")
+    np.testing.assert_allclose(found["y_mean"], model.predict(x)[:, 0], rtol=1e-5)
+
+
+def test_names_of_columns_are_saved_with_the_model(model, tmp_path):
+    model.save(tmp_path / "model.keras")
+    import mdn
+
+    assert mdn.load(tmp_path / "model.keras").column_names == model.column_names
+
+
+def test_sequences_are_refused(tmp_path):
+    x = np.random.default_rng(0).normal(size=[20, 4, 2])
+    model = MDN(heads.Diag(1), backbones.LSTM([3]))
+    model.adapt(x, x[..., :1])
+    with pytest.raises(RunError, match=r"takes sequences \[N, T, F\]"):
+        schema_of(model)
+
+
+# ---------------------------------------------------------------------- inputs
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty: give a file with rows"),
+        ("size,city,built,garden\n", "has column names but no rows"),
+        ("size,built\n1,2001-01-01\n", "lacks the columns 'city', 'garden': it has size, built"),
+        (
+            "size,city,built,garden\nlarge,Ulm,2001-01-01,True\n",
+            "feature 'size' is 'large' in row 0",
+        ),
+        ("size,city,built,garden\n1e99,Ulm,2001-01-01,True\n", "which float32 cannot hold"),
+        ("size,city,built,garden\n1,Ulm,soon,True\n", "feature 'built' is 'soon' in row 0"),
+        ("size,size,city,built,garden\n1,1,Ulm,2001-01-01,1\n", "two columns named 'size'"),
+        ("size,city,built,garden\n1,Ulm,2001-01-01,True,5,6\n", "cannot be read as CSV"),
+    ],
+)
+def test_wrong_tables_are_one_line_and_leave_nothing(content, message, model, tmp_path):
+    path = tmp_path / "new.csv"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message) as error:
+        predict_file(model, str(path), tmp_path / "out.parquet")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "output", "options", "message"),
+    [
+        ("none.csv", "out.parquet", {}, "none.csv matches no file"),
+        ("new.txt", "out.parquet", {}, "is neither CSV nor Parquet by its name"),
+        ("fake.parquet", "out.parquet", {}, "is not a Parquet file"),
+        ("new.csv", "out.csv", {}, "end its name in .parquet"),
+        ("new.csv", "none/out.parquet", {}, "there is no folder"),
+        ("new.csv", "there.parquet", {}, "exists: name another file, or give --overwrite"),
+        ("new.csv", "out.parquet", {"quantiles": [1.0]}, "quantile 1.0: must be between 0 and 1"),
+        ("new.csv", "out.parquet", {"quantiles": [0.5, 0.5]}, "name each once"),
+        ("new.csv", "out.parquet", {"keep": ["key"]}, "lacks the column 'key'"),
+        (".", "out.parquet", {}, "has CSV and Parquet files"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    data, output, options, message, model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    table(1).to_csv("new.csv", index=False)
+    for name in ("new.txt", "fake.parquet", "there.parquet"):
+        (tmp_path / name).write_text("no")
+    with pytest.raises(MDNError, match=message) as error:
+        predict_file(model, data, output, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_overwrite_when_asked(model, tmp_path):
+    table(1).to_csv(tmp_path / "new.csv", index=False)
+    (tmp_path / "out.parquet").write_text("old")
+    found, _ = predict(model, tmp_path / "new.csv", tmp_path / "out.parquet", overwrite=True)
+    assert len(found) == N
+
+
+# ---------------------------------------------------------------------- blocks
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr("mdn.data.schema.BLOCK_ROWS", 64)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_blocks_are_all_rows_in_order(kind, model, tmp_path, small_blocks):
+    frame = table(1)
+    for part, rows in (("a", slice(0, 100)), ("b", slice(100, N))):
+        if kind == "csv":
+            frame[rows].to_csv(tmp_path / f"{part}.csv", index=False)
+        else:
+            frame[rows].to_parquet(tmp_path / f"{part}.parquet", index=False)
+    blocks = list(TableReader(schema_of(model), str(tmp_path)).blocks())
+    assert [block.rows for block in blocks] == [64, 36, 64, 64, 64, 8]
+    sizes = np.concatenate([block.x["size"] for block in blocks])
+    np.testing.assert_allclose(sizes, frame["size"], rtol=1e-12)
+    shares = [block.share for block in blocks]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+class Killed(BaseException):
+    """Stands for a signal that no one can catch."""
+
+
+def stop_after(blocks):
+    def progress(rows, share):
+        nonlocal blocks
+        blocks -= 1
+        if not blocks:
+            raise Killed
+
+    return progress
+
+
+def test_stopped_prediction_goes_on_behind_its_last_block(model, tmp_path, small_blocks):
+    frame = table(1, cities=("Bonn", "Paris"))
+    frame["key"] = ["1"] * 100 + ["two"] * (N - 100)  # a block of integers, then text
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    data, output = tmp_path / "new.csv", tmp_path / "out.parquet"
+    whole, expected = predict(model, data, tmp_path / "whole.parquet", keep=["key"])
+    with pytest.raises(Killed):
+        predict(model, data, output, keep=["key"], progress=stop_after(3))
+    assert not output.exists()
+    folder = tmp_path / ".out.parquet.partial"
+    (folder / "000001.parquet").write_bytes(b"PAR1 half of it")  # which is answered again
+    found, prediction = predict(model, data, output, keep=["key"])
+    pd.testing.assert_frame_equal(found, whole)
+    assert prediction.resumed == 128
+    assert prediction.unseen == expected.unseen
+    assert prediction.log_prob == pytest.approx(expected.log_prob)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("change", ["data", "model", "quantiles"])
+def test_another_request_does_not_go_on(change, model, tmp_path, small_blocks):
+    table(1).to_csv(tmp_path / "new.csv", index=False)
+    data, output = tmp_path / "new.csv", tmp_path / "out.parquet"
+    with pytest.raises(Killed):
+        predict(model, data, output, progress=stop_after(2))
+    options = {}
+    if change == "data":
+        table(2).to_csv(data, index=False)
+    elif change == "model":
+        options["identity"] = "another"
+    else:
+        options["quantiles"] = [0.5]
+    _, prediction = predict(model, data, output, **options)
+    assert prediction.resumed == 0
+
+
+def test_summary_is_in_the_file(model, tmp_path):
+    table(1).to_csv(tmp_path / "new.csv", index=False)
+    _, prediction = predict(model, tmp_path / "new.csv", tmp_path / "out.parquet")
+    footer = pyarrow.parquet.read_metadata(tmp_path / "out.parquet").metadata[b"mdn"]
+    assert json.loads(footer)["rows"] == prediction.rows == N
