@@ -47,6 +47,24 @@ def next_seed(state: tf.Variable) -> tf.Tensor:
     return tf.stack([now[0], now[1] * 1024 + tf.cast(replica, tf.int32)])
 
 
+def drop(x: tf.Tensor, rate: float, seed: tf.Tensor) -> tf.Tensor:
+    """Return x with a share of its entries set to zero and the others scaled up, as the seed says.
+
+    The mask is the same with XLA and without. That is so of random bits, of which TensorFlow's own
+    dropout makes other floats under XLA.
+
+    Args:
+        x: floats.
+        rate: share of the entries to drop, in [0, 1).
+        seed: [2] integers.
+    """
+    bits = tf.random.stateless_uniform(
+        tf.shape(x), seed, minval=None, maxval=None, dtype=tf.int32, alg="philox"
+    )
+    kept = bits >= int(rate * 2**32) - 2**31
+    return tf.where(kept, x / (1.0 - rate), tf.zeros_like(x))
+
+
 @register
 class Dropout(layers.Layer):
     """Dropout whose masks are a function of a seed and of a counter kept among the weights.
@@ -70,7 +88,7 @@ class Dropout(layers.Layer):
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         if not training or self.rate == 0.0:
             return inputs
-        return tf.nn.experimental.stateless_dropout(inputs, self.rate, next_seed(self.state))
+        return drop(inputs, self.rate, next_seed(self.state))
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rate": self.rate}

@@ -330,7 +330,7 @@ class Ensemble(MDN):
         seeds = tf.unstack(now * [[1, 1024]])
         return tf.stack(
             [
-                tf.nn.experimental.stateless_dropout(one, layer.rate, seed)
+                backbones.drop(one, layer.rate, seed)
                 for one, seed in zip(tf.unstack(hidden), seeds, strict=True)
             ]
         )

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy import linalg
 
-from mdn.calibration.report import Report, assemble
+from mdn.calibration.judging import assemble
 from mdn.calibration.scores import score
+from mdn.calibration.summary import Report
 from mdn.data.resolution import grid_steps, spread_over_cells
 from mdn.data.rows import Data, Rows, find_counted
 from mdn.errors import RunError

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from scipy import optimize
 
-from mdn.data.resolution import spread_over_cells
+from mdn.data.resolution import grid_steps, spread_over_cells
 from mdn.data.splits import thin
 from mdn.density.queries import Queries
 from mdn.density.recalibration import Recalibration
@@ -23,6 +23,7 @@ from mdn.margins import take_rows
 
 _MOST_ROWS = 20_000
 _FOLDS = 5
+_LEAST_ROWS = 20
 _WIDEST = 3.0  # of the log of a scale, and of the sharpness; far beyond what helps
 
 
@@ -94,8 +95,11 @@ def recalibrate(
         weight = np.asarray(weight, np.float64)
         counted &= weight.reshape(-1, *[1] * (counted.ndim - 1)) > 0.0
         weight = weight[np.nonzero(counted)[0]]
-    if not counted.any():
-        raise DataError("y has no observed entry to recalibrate by: give rows that have")
+    if counted.sum() < _LEAST_ROWS:
+        raise DataError(
+            f"{counted.sum()} rows with an observed target: give at least {_LEAST_ROWS} to "
+            "recalibrate by, better hundreds"
+        )
     place = np.cumsum(counted.ravel()).reshape(counted.shape) - 1  # of a row that counts
     members = []
     for index, density in model.member_answers(x, rows):
@@ -117,7 +121,8 @@ def recalibrate(
 
 
 def _spread(y: np.ndarray, grid: Sequence[float] | None, seed: int) -> np.ndarray:
-    return y if grid is None else spread_over_cells(y, np.asarray(grid), seed)
+    """Return y [N, D] spread over the cells of its grid; of a loaded model, as these rows show."""
+    return spread_over_cells(y, grid_steps(y) if grid is None else np.asarray(grid), seed)
 
 
 def _in_units(values: np.ndarray, y: np.ndarray, bijector: Any, dtype: Any) -> np.ndarray:
@@ -167,9 +172,9 @@ def fit_recalibration(
     score = _log_likelihood(parts, y[kept], units)
     weight = weight[kept] / weight[kept].mean()
     identity = np.zeros(2 * d + 1)
-    fold = np.random.default_rng([seed, 0x666F6C64]).permutation(n) % min(_FOLDS, n)
+    fold = np.random.default_rng([seed, 0x666F6C64]).permutation(n) % _FOLDS
     before, gain = score(identity)[0], np.zeros(n)
-    for held_out in (fold == f for f in range(min(_FOLDS, n))):
+    for held_out in (fold == f for f in range(_FOLDS)):
         theta = _minimise(score, np.where(held_out, 0.0, weight), identity)
         gain[held_out] = (score(theta)[0] - before)[held_out]
     mean = float(np.average(gain, weights=weight))

@@ -39,7 +39,7 @@ from mdn.shared_loop import shared_fit
 
 try:
     from sklearn.base import BaseEstimator, RegressorMixin
-    from sklearn.utils import check_random_state
+    from sklearn.utils import check_array, check_random_state
     from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 except ImportError as error:
     raise ImportError(
@@ -290,7 +290,7 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
             validate_data(self, x, reset=reset, skip_check_array=True)
             if not rules_y:
                 return x
-            y = validate_data(self, y=y, reset=False, **rules_y)
+            y = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
             if len(x) != len(y):
                 raise DataError(f"X has {len(x)} rows but y has {len(y)}: give one for each")
             return x, y

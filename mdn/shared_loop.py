@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 import tf_keras
 
 from mdn.data.pipeline import Batches
@@ -63,13 +64,20 @@ def shared_fit(
         while len(_loops) > MOST:
             _loops.popitem(last=False)
         lent, start = _loops[key]
-        lent.set_weights(model.get_weights())
+        for mine, theirs in zip(_variables(lent), _variables(model), strict=True):
+            mine.assign(theirs)
         lent.stop_training = False
         for variable, value in zip(lent.optimizer.variables, start, strict=True):
             variable.assign(value)
         history = lent.fit(batches, validation_data=validation_data, **fit).history
-        model.set_weights(lent.get_weights())
+        for mine, theirs in zip(_variables(lent), _variables(model), strict=True):
+            theirs.assign(mine)
     return {name: [float(value) for value in values] for name, values in history.items()}
+
+
+def _variables(model: MDN) -> list[tf.Variable]:
+    """Return all variables, in an order that does not depend on how the model was made."""
+    return [variable for part in model.parts for variable in getattr(part, "weights", [part])]
 
 
 def _shape(model: MDN) -> list[Any]:

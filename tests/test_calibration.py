@@ -268,7 +268,12 @@ def test_one_target_may_come_without_its_axis_and_rows_with_weights():
         ({"y": draw(9, 1), "targets": ["a", "b"]}, "y has 1 columns"),
         ({"x": draw(9, 2), "y": draw(9, 1), "features": ["a"]}, "names of the columns"),
         ({"y": draw(9, 1), "by": {"a": np.zeros(8)}}, r"a has shape \[8\]"),
-        ({"x": {"a": np.zeros(8)}, "y": draw(9, 1)}, r"a has shape \[8\]"),
+        ({"x": {"a": np.zeros(8)}, "y": draw(9, 1)}, "x a has 8 rows, and y 9"),
+        ({"x": draw(8, 2), "y": draw(9, 1)}, "x has 8 rows, and y 9"),
+        ({"y": draw(9, 1), "weight": np.ones(8)}, "weight has 8 rows, and y 9"),
+        ({"y": [["a"]]}, "y is no array of numbers"),
+        ({"y": np.full((9, 1), np.inf)}, "y has infinite values"),
+        ({"y": draw(9, 1), "reference": draw(9, 2)}, r"reference has shape \[9, 2\]"),
     ],
 )
 def test_wrong_rows_are_told(arguments, message):
@@ -279,6 +284,8 @@ def test_wrong_rows_are_told(arguments, message):
 def test_wrong_models_and_targets_are_told():
     with pytest.raises(DataError, match="neither a model nor a density"):
         report("model.keras", y=draw(9, 1))
+    with pytest.raises(ConfigError, match="draws=1"):
+        report(normal(), y=draw(9, 1), draws=1)
     with pytest.raises(DataError, match="target=b: choose one of y"):
         report(normal(), y=draw(9, 1)).test("b")
     with pytest.raises(DataError, match="there are 1"):
@@ -414,6 +421,10 @@ def test_sbc_refuses(options, error, message):
 def test_sbc_refuses_a_simulator_of_something_else():
     with pytest.raises(DataError, match=r"shape \[1000, 2\], and the model answers \[1000, 1\]"):
         sbc(lambda x: normal(), TwoGaussians())
+    with pytest.raises(DataError, match="must return two arrays"):
+        sbc(lambda x: normal(), lambda n, rng: rng.normal(size=n))
+    with pytest.raises(DataError, match="neither a model nor a function"):
+        sbc("model.keras", simulate)
 
 
 # ---------------------------------------------------------------------- figures

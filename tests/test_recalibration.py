@@ -245,7 +245,13 @@ def test_ensemble_that_is_right_is_not_widened_because_its_members_are_narrow(ro
     assert ensemble.head.recalibration is None
 
 
-def test_rows_without_a_target_are_refused(rows):
+def test_rows_that_say_nothing_are_refused(rows):
     x, y = rows
+    model = narrow_model(rows)
     with pytest.raises(DataError):
-        narrow_model(rows).recalibrate(x, np.full_like(y, np.nan))
+        model.recalibrate(x, np.full_like(y, np.nan))
+    with pytest.raises(DataError, match="9 rows with an observed target: give at least 20"):
+        model.recalibrate(x[:9], y[:9])
+    with pytest.raises(DataError):
+        model.recalibrate(x[:30], y)
+    assert model.head.recalibration is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
 import benchmarks.uci
 from benchmarks.uci.sets import find_sets, find_splits, fingerprint, parse_splits
@@ -74,22 +75,23 @@ def run(options: argparse.Namespace) -> None:
             for split in todo[name]:
                 bar.update(task, description=f"{name} {split}")
                 start = time.perf_counter()
-
-                def advance(share: float, done: int = done) -> None:
-                    bar.update(task, completed=done + share)
-
-                model, data, variant = fitter.fit(split, advance)
+                report = functools.partial(_advance, bar, task, done)
+                model, data, recipe_name = fitter.fit(split, report)
                 density = model.predict_distribution(data.test.x)
                 known = np.concatenate([data.train.y, data.validation.y])
                 scores = score(density, data.test.y, known)
                 seconds = time.perf_counter() - start
                 results.add(
-                    name, split, keys[name], {**scores, "seconds": seconds, "recipe": variant}
+                    name, split, keys[name], {**scores, "seconds": seconds, "recipe": recipe_name}
                 )
                 done += 1
                 bar.update(task, completed=done)
     shown = {name: results.sets[name] for name in paths}
     print(markdown(shown), end="")
+
+
+def _advance(bar: Progress, task: TaskID, done: int, share: float) -> None:
+    bar.update(task, completed=done + share)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from mdn.calibration.sbc import SBC, ecdf_band
+from mdn.calibration.simulations import SBC, ecdf_band
 from mdn.calibration.slices import Slice
 from mdn.calibration.uniformity import (
     BINS,
@@ -26,7 +26,7 @@ from mdn.calibration.uniformity import (
 from mdn.figures import BLUE, GREY, INK, RED, SERIES, style_axes
 
 if TYPE_CHECKING:
-    from mdn.calibration.report import Report
+    from mdn.calibration.summary import Report
 
 _LEVELS = np.linspace(0.0, 1.0, 201)
 _MOST_SLICES = 12

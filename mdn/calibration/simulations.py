@@ -143,7 +143,10 @@ def sbc(
     if draws < 2:
         raise ConfigError(f"draws={draws}: ranks need some, such as 99")
     rng = np.random.default_rng([seed, 0x736263])
-    first, second = getattr(simulate, "draw", simulate)(n, rng)
+    pair = getattr(simulate, "draw", simulate)(n, rng)
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise DataError("simulate: must return two arrays, x and theta")
+    first, second = pair
     x, theta = (second, first) if posterior else (first, second)
     theta = np.asarray(theta, np.float64)
     answer: Callable = getattr(model, "predict_distribution", model)
