@@ -8,7 +8,6 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +315,21 @@ def test_description_names_inputs_outputs_and_targets(exported):
 # ---------------------------------------------------------------------- command line
 
 
+# Each command in a fork of one process, as the import of TensorFlow takes longer than it does.
+CLI = """
+import json, os, sys
+from tensorflow.python.tools import saved_model_cli
+
+for job in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        sys.argv = ["saved_model_cli", *job]
+        saved_model_cli.main()
+    _, status = os.wait()
+    if status:
+        sys.exit(f"{job}: {status}")
+"""
+
+
 @pytest.mark.slow
 def test_saved_model_cli(exported, tmp_path):
     model, x, y, folder = exported["mixture"]
@@ -330,17 +344,12 @@ def test_saved_model_cli(exported, tmp_path):
         jobs.append(["run", *directory, "--tag_set", "serve", "--signature_def", signature])
         jobs[-1] += ["--inputs", ";".join(f"{name}={given}[{name}]" for name in names)]
         jobs[-1] += ["--outdir", str(tmp_path / signature)]
-    cli = [sys.executable, "-m", "tensorflow.python.tools.saved_model_cli"]
-    with ThreadPoolExecutor(4) as pool:  # each process imports TensorFlow
-        done = list(
-            pool.map(
-                lambda job: subprocess.run([*cli, *job], capture_output=True, text=True), jobs
-            )
-        )
-    for process in done:
-        assert process.returncode == 0, process.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, "-c", CLI, json.dumps(jobs)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
     for signature in inputs:
-        assert f"signature_def['{signature}']" in done[0].stdout
+        assert f"signature_def['{signature}']" in done.stdout
     for key, value in expected_answers(model, x[:5], y[:5]).items():
         np.testing.assert_allclose(np.load(tmp_path / f"{key}.npy"), value, 1e-5, 1e-5, True, key)
 
