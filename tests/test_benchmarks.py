@@ -1,13 +1,22 @@
 """The benchmarks run, and print what the documents quote."""
 
+import dataclasses
+import functools
+import importlib
 import json
+import math
+import os
 import re
 import sys
+import time
+import types
 
 import pytest
 
 from benchmarks import em, ensemble, exact
 from benchmarks.speed import __main__ as speed
+from benchmarks.speed import measure, workers
+from benchmarks.speed.workloads import WORKLOADS
 
 
 def test_em(monkeypatch, capsys):
@@ -41,17 +50,61 @@ def test_exact(monkeypatch, capsys, tmp_path):
     assert sum(bool(re.search(r"\d\.\d\d \(", row)) for row in rows) == 3  # ratios to TFP
 
 
+class Here:
+    """A worker without a process of its own, which is what half of a small race would be."""
+
+    def __init__(self, make):
+        self.runner, self.make_seconds = make(), 0.0
+
+    def train(self, epochs):
+        return workers._answer(self.runner, "train", epochs)
+
+    def loss(self, rows):
+        return workers._answer(self.runner, "loss", rows)
+
+    def steps(self, default):
+        return workers._answer(self.runner, "steps", default)
+
+    def close(self):
+        pass
+
+
+SMALL = ["--rows", "512", "--repeats", "1", "--workloads", "S"]
+
+
 @pytest.mark.slow
-def test_speed(capsys, tmp_path):
-    sizes = ["--rows", "512", "--repeats", "1", "--workloads", "S"]
+def test_speed(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "Worker", Here)
     where = ["--contenders", "mdn,keras", "--json", str(tmp_path / "speed.json")]
-    sections = ["--sections", "race,streaming,inference"]
-    assert speed.main([*sizes, *where, *sections, "--output", str(tmp_path)]) == 0
+    sections = ["--sections", "race,profile,streaming,inference"]
+    assert speed.main([*SMALL, *where, *sections, "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for title in ("A training step", "All agree", "Parquet", "Answers"):
+    for title in ("A training step", "All agree", "time goes", "Parquet", "Answers"):
         assert title in printed
     assert "Not measured" not in printed
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((tmp_path / "speed.json").read_text())
     assert [e["key"] for e in found["race"]["S"]] == ["mdn", "keras", "network"]
     assert all(e["microseconds"][0] > 0 for e in found["streaming"])
+    spent = found["profile"]["S"]
+    assert spent["products"] > 0 < spent["others"]
+    assert spent["operations"] > 20
+
+
+def test_a_process_for_each_entrant():
+    workload = dataclasses.replace(WORKLOADS["S"], rows=512, epochs=2)
+    made = {
+        "good": functools.partial(types.SimpleNamespace, train=time.sleep, loss=math.sqrt),
+        "raises": functools.partial(int, "x"),
+        "missing": functools.partial(importlib.import_module, "nowhere"),
+        "dies": functools.partial(os._exit, 3),
+    }
+    entrants = {key: measure.Entrant(key, key, workload, make) for key, make in made.items()}
+    measure.race([*entrants.values()], repeats=1)
+    good = entrants.pop("good")
+    assert good.failure is None
+    assert good.microseconds[0] >= 1e6 / workload.steps  # two epochs of one second each
+    assert good.start_loss == good.final_loss == math.sqrt(512)
+    assert entrants["raises"].failure.startswith("ValueError: invalid literal")
+    assert entrants["missing"].failure == "nowhere is not installed: pip install -e '.[speed]'"
+    assert entrants["dies"].failure == "ended with exit code 3"
