@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import mdn
+from mdn.config import compose_config
+from mdn.training import train
 
 # On one worker, which makes the fixtures once.
 pytestmark = pytest.mark.xdist_group("strategy")
@@ -50,7 +52,7 @@ def finish(process):
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
     directory = tmp_path_factory.mktemp("one") / "run"
-    finish(start(directory))
+    train(compose_config([f"output_dir={directory}", *OPTIONS]))
     return directory
 
 
