@@ -193,7 +193,7 @@ def _slicing_columns(
     x = rows.x
     if isinstance(x, dict):
         return {name: _aligned(name, column, counted) for name, column in x.items()}
-    if x.ndim < 2 or x.shape[: counted.ndim] != counted.shape:  # a density for the last step
+    if x.ndim != counted.ndim + 1:  # sequences, of which only the last step has a density
         return {}
     names = tuple(f"x{i}" for i in range(x.shape[-1]))
     if len(features) == len(names):
