@@ -402,7 +402,12 @@ class Ensemble(MDN):
         return Uncertainty(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
     def member_log_prob(
-        self, x: Features, y: np.ndarray, batch_size: int | None = None
+        self,
+        x: Features,
+        y: np.ndarray,
+        batch_size: int | None = None,
+        *,
+        cells: bool = False,
     ) -> np.ndarray:
         """Return each member's log p(y | x) of any number of rows, in nats: [N, M] or [N, T, M].
 
@@ -411,13 +416,19 @@ class Ensemble(MDN):
             y: [N, D] or [N, T, D] in the user's units; an entry that is NaN is marginalised.
             batch_size: rows that go through the networks at a time; by default as many as are
                 fast.
+            cells: of targets on a grid, if the model trains with jitter, the log of the mean
+                density over the cell around y: what `fit` validates by.
         """
+        of_cells = cells and self._jitter is not None
+        nll = losses.CellNLL(self._jitter.step) if of_cells else losses.nll
 
         def log_prob(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
-            return tf.stack(tf.unstack(self.member_densities(x, False).log_prob(y)), axis=-1)
+            score = -nll(y[tf.newaxis], self.member_densities(x, False))
+            return tf.stack(tf.unstack(score), axis=-1)
 
+        name = f"member_log_prob of {'cells' if of_cells else 'points'}"
         arrays = [self._as_rows(x), np.asarray(y, tf_keras.backend.floatx())]
-        answers = self._over_rows("member_log_prob", log_prob, arrays, batch_size)
+        answers = self._over_rows(name, log_prob, arrays, batch_size)
         return np.concatenate([part.numpy() for _, part in answers])
 
     @property

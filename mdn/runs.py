@@ -122,16 +122,6 @@ class RunDirectory:
             logger.removeHandler(handler)
             handler.close()
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """Return a JSON file of the run that is gone on with; empty where there is none."""
-        path = self / name
-        if not (self.resumed and path.is_file()):
-            return {}
-        try:
-            return dict(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} cannot be read: set overwrite=true to start anew") from error
-
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
         partial = self / f".{name}.partial"

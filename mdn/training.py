@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import sys
 import tempfile
@@ -32,9 +33,10 @@ from mdn.export import directory_size
 from mdn.options import AUTO, GENERATIVE
 from mdn.plots import write_figures
 from mdn.preparation import compile_model, make_batches, member_folds
-from mdn.recipes import choose_recipe, describe
+from mdn.recipes import VARIANTS, variant
 from mdn.runs import RunDirectory, provenance
 from mdn.selection import choose, held_out_nll
+from mdn.stacking import compare, stack
 from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task
 
@@ -42,6 +44,9 @@ log = logging.getLogger(__name__)
 
 EARLY_STOPPING = "mdn.callbacks.stopping.EarlyStopping"
 MEMBER_STOPPING = "mdn.callbacks.stopping.MemberStopping"  # in its place, of an ensemble
+
+
+Fitted = tuple[TrainedModel, DictConfig, Progress]
 
 
 class InterruptedRunError(RunError):
@@ -71,11 +76,6 @@ def train(
         raise DataError(
             "recalibrate=true: all rows are learned from, so that none can judge; leave it out"
         )
-    tried: dict[str, Any] = {}
-    if config.recipe == "auto":
-        with strategy.scope():
-            config, tried = choose_recipe(config, data, directory.read_json("recipe.json"))
-        seed_everything(config)
     config = settle(config, data)
     check_batch_size(member_rows(config, data), config.trainer.batch_size)
     chief = is_chief(strategy)
@@ -87,9 +87,14 @@ def train(
         callbacks, checkpoint = make_callbacks(config, data, directory, chief, place)
         return model, [*callbacks, first_step], checkpoint
 
-    automatic = config.model.get("components") == AUTO
-    # Of candidates too, what cannot be built is told before anything is written.
-    model, callbacks, checkpoint = prepare(_candidate(config, 1) if automatic else config)
+    fit_several: Callable | None = None
+    first = config
+    if config.model.get("components") == AUTO:
+        fit_several, first = fit_candidates, _candidate(config, 1)
+    elif config.recipe == "auto":
+        fit_several, first = fit_variants, variant(config, next(iter(VARIANTS)))
+    # Of several too, what cannot be built is told before anything is written.
+    model, callbacks, checkpoint = prepare(first)
     if not chief:
         fit(model, config, data, directory, callbacks, checkpoint)
         with tempfile.TemporaryDirectory() as scratch:
@@ -98,13 +103,10 @@ def train(
     directory.create()
     with directory.logging():
         log.info("run directory: %s", directory.path)
-        if tried:
-            directory.write_json("recipe.json", tried)
-            log.info(describe(tried))
         try:
             notes: dict[str, float] = {}
-            if automatic:
-                model, config, progress, notes = fit_candidates(config, data, directory, prepare)
+            if fit_several is not None:
+                model, config, progress, notes = fit_several(config, data, directory, prepare)
             else:
                 progress = fit(model, config, data, directory, callbacks, checkpoint)
             metrics = finish(model, config, data, directory, progress, first_step.seconds, notes)
@@ -227,13 +229,53 @@ def fit(
     return checkpoint.progress
 
 
+def _fit_one(
+    config: DictConfig, data: Data, directory: RunDirectory, prepare: Callable, place: str
+) -> Fitted:
+    """Train one of several models, as it would be trained in a run of its own.
+
+    It has checkpoints of its own in `place`, so that a killed run goes on with the model it was
+    at; those that had finished take their best weights from there, and are not trained again.
+    """
+    seed_everything(config)
+    model, callbacks, checkpoint = prepare(config, place)
+    return model, config, fit(model, config, data, directory, callbacks, checkpoint)
+
+
+def fit_variants(
+    config: DictConfig, data: Data, directory: RunDirectory, prepare: Callable
+) -> tuple[TrainedModel, DictConfig, Progress, dict[str, float]]:
+    """Train the variants of a recipe, and stack them by the rows that their members held out.
+
+    Args:
+        config: the config, with recipe=auto.
+        data: the rows.
+        directory: of the run.
+        prepare: of (config, folder): the model, its callbacks and its checkpoints.
+
+    Returns:
+        The stack; of the variant with the largest share the config and progress; and metrics.
+    """
+    folds = member_folds(config, data)
+    fitted: dict[str, Fitted] = {}
+    for name in VARIANTS:
+        log.info("recipe: variant %r", name)
+        place = name.replace(" ", "-")
+        fitted[name] = _fit_one(variant(config, name), data, directory, prepare, place)
+    models: dict[str, Any] = {name: model for name, (model, *_) in fitted.items()}
+    found = compare(models, data, None if folds is None else folds[1])
+    log.info("%s", found)
+    directory.write_json("recipe.json", dataclasses.asdict(found))
+    notes = found.metrics()
+    notes["recipe/seconds"] = sum(progress.seconds for *_, progress in fitted.values())
+    _, *rest = fitted[max(found.shares, key=found.shares.__getitem__)]
+    return stack(models, found.shares), *rest, notes
+
+
 def fit_candidates(
     config: DictConfig, data: Data, directory: RunDirectory, prepare: Callable
 ) -> tuple[TrainedModel, DictConfig, Progress, dict[str, float]]:
     """Train models with more and more components, and choose among them by held-out rows.
-
-    Each has checkpoints of its own, so that a killed run goes on with the candidate it was at;
-    those that had finished take their best weights from there, and are not trained again.
 
     Args:
         config: the config, with components=auto.
@@ -245,14 +287,11 @@ def fit_candidates(
         The chosen model, its config and progress, and metrics of the choice.
     """
     folds = member_folds(config, data)
-    fitted: dict[int, tuple[TrainedModel, DictConfig, Progress]] = {}
+    fitted: dict[int, Fitted] = {}
 
     def score(k: int) -> tuple[np.ndarray, np.ndarray]:
-        seed_everything(config)  # each is what it would be in a run of its own
-        candidate = _candidate(config, k)
-        model, callbacks, checkpoint = prepare(candidate, f"k={k}")
-        progress = fit(model, candidate, data, directory, callbacks, checkpoint)
-        fitted[k] = model, candidate, progress
+        fitted[k] = _fit_one(_candidate(config, k), data, directory, prepare, f"k={k}")
+        model: Any = fitted[k][0]
         return held_out_nll(model, data, None if folds is None else folds[1])
 
     selection = choose(score)

@@ -76,13 +76,12 @@ def run(options: argparse.Namespace) -> None:
                 bar.update(task, description=f"{name} {split}")
                 start = time.perf_counter()
                 report = functools.partial(_advance, bar, task, done)
-                model, data, recipe_name = fitter.fit(split, report)
-                density = model.predict_distribution(data.test.x)
+                density, data, shares = fitter.fit(split, report)
                 known = np.concatenate([data.train.y, data.validation.y])
                 scores = score(density, data.test.y, known)
                 seconds = time.perf_counter() - start
                 results.add(
-                    name, split, keys[name], {**scores, "seconds": seconds, "recipe": recipe_name}
+                    name, split, keys[name], {**scores, "seconds": seconds, "shares": shares}
                 )
                 done += 1
                 bar.update(task, completed=done)

@@ -14,9 +14,11 @@ from omegaconf import DictConfig
 from mdn.budget import epoch_steps, settle
 from mdn.config import compose_config, make
 from mdn.data.rows import Data
+from mdn.density.mixing import mixture_of
 from mdn.errors import DataError
-from mdn.preparation import compile_model
-from mdn.recipes import VARIANTS, best_of, fit_members, variant
+from mdn.preparation import compile_model, member_folds
+from mdn.recipes import VARIANTS, fit_members, variant
+from mdn.stacking import compare
 from mdn.tasks import build_model
 from mdn.training import seed_everything
 
@@ -63,26 +65,36 @@ class Fitter:
         self.path, self.overrides = path, overrides
         self._built: dict[str, _Built] = {}
 
-    def fit(self, split: int, progress: Callable[[float], None]) -> tuple[Any, Data, str]:
-        """Return the model, trained on a split, the rows of that split, and the recipe's name.
+    def fit(
+        self, split: int, progress: Callable[[float], None]
+    ) -> tuple[Any, Data, dict[str, float]]:
+        """Train on a split.
 
         Args:
             split: its number.
             progress: called with the share of the training that is done.
+
+        Returns:
+            The density of the test rows; the rows of the split; and the shares of the recipe's
+            variants in it.
         """
         rows = ["data=npz", f"data.path='{self.path}'", f"data.fold={split}"]
         config = compose_config(["experiment=tabular", *rows, *self.overrides])
         data: Data = make(config, "data").load()
-        names = list(VARIANTS) if config.recipe == "auto" else list(VARIANTS)[:1]
-        scores = {}
-        for i, name in enumerate(names):
+        models = {}
+        shares = dict.fromkeys(VARIANTS if config.recipe == "auto" else list(VARIANTS)[:1], 1.0)
+        for i, name in enumerate(shares):
             settled = settle(variant(config, name), data)
             seed_everything(settled)
-            model = self._adapted(name, settled, data)
-            report = _Progress(progress, i, len(names), settled.trainer.epochs)
-            scores[name] = fit_members(model, settled, data, [report])
-        chosen = best_of(scores)
-        return self._built[chosen].model, data, chosen
+            models[name] = self._adapted(name, settled, data)
+            report = _Progress(progress, i, len(shares), settled.trainer.epochs)
+            fit_members(models[name], settled, data, [report])
+        if len(models) > 1:
+            folds = member_folds(config, data)
+            shares = compare(models, data, None if folds is None else folds[1]).shares
+        # As `mdn.stacking.Stack` does, by the programs that the models have already.
+        parts = [models[name].predict_distribution(data.test.x) for name in shares]
+        return mixture_of(parts, list(shares.values())), data, shares
 
     def _adapted(self, name: str, config: DictConfig, data: Data) -> Any:
         """Return the model as `build_model` and `compile_model` leave it."""

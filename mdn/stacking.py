@@ -1,0 +1,260 @@
+"""`Stack`: ensembles that differ in more than a seed, in shares that held-out rows give them.
+
+Shape letters: B batch, T time, F features, D event size, n held-out rows, V ensembles, M members
+of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from mdn.data.rows import Data
+from mdn.density.mixing import mixture_of
+from mdn.density.queries import Queries
+from mdn.density.recalibration import Recalibration
+from mdn.density.transformed import Transformed, split_transform
+from mdn.ensembles import Ensemble
+from mdn.errors import ConfigError, RunError
+from mdn.inference import largest_batch
+from mdn.model import MDN
+from mdn.selection import held_out_nll
+
+register = tf_keras.saving.register_keras_serializable(package="mdn")
+
+STEPS = 300  # of expectation maximisation
+LEAST_SHARE = 0.05  # of an ensemble that is worth its time in every answer
+
+
+@register
+class Stack(Ensemble):
+    """The mixture of trained ensembles in shares; itself an ensemble, whose training is over.
+
+    Its member m is the mixture of the members m of all of them.
+
+    Args:
+        models: adapted ensembles of as many members each, for the same features and targets.
+        shares: of each, positive; they are normalised.
+        recalibration: of the members' densities, in transformed units.
+        **kwargs: as for any Keras model.
+
+    Raises:
+        ConfigError: the ensembles or the shares do not fit together.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Ensemble],
+        shares: Sequence[float],
+        recalibration: Recalibration | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Not Ensemble's own, which makes members of a template.
+        super(MDN, self).__init__(**kwargs)
+        if not models or len(models) != len(shares) or min(shares) <= 0.0:
+            raise ConfigError(
+                f"shares={list(shares)} for {len(models)} ensembles: give each a positive one"
+            )
+        if len(sizes := {model.members for model in models}) > 1:
+            raise ConfigError(f"ensembles of {sorted(sizes)} members: all need the same number")
+        self.models = list(models)
+        self.shares = [float(share) / sum(shares) for share in shares]
+        self.recalibration = recalibration
+        self.members = models[0].members
+        self.missing = models[0].missing
+        self.column_names = models[0].column_names
+
+    @property
+    def _first(self) -> Ensemble:
+        return self.models[0]
+
+    @property
+    def _feature_rank(self) -> int | None:  # type: ignore[override]
+        return self._first._feature_rank
+
+    @property
+    def encoder(self) -> Any:  # type: ignore[override]
+        """What encodes the features, for all of them: it was fitted to the same rows."""
+        return self._first.encoder
+
+    @property
+    def head(self) -> Any:
+        """A head that knows the targets: their number, scales, grid and transform."""
+        return self._first.head
+
+    @property
+    def backbone(self) -> Any:
+        return self._first.backbone
+
+    @property
+    def parts(self) -> list[Any]:
+        return [part for model in self.models for part in model.parts]
+
+    @property
+    def stacked_weights(self) -> list[tf.Variable]:
+        return [weight for model in self.models for weight in model.stacked_weights]
+
+    @property
+    def _largest_batch(self) -> int:
+        sizes = [model.members * model.head.params_size for model in self.models]
+        return largest_batch(sum(sizes))
+
+    # ------------------------------------------------------------------ densities
+
+    def member_densities(self, x: Any, training: bool | None = None) -> Queries:
+        found = [model.member_densities(x, training=False) for model in self.models]
+        return self._recalibrated(mixture_of(found, self.shares))
+
+    def member_answers(self, x: Any, rows: Sequence[np.ndarray] | None = None) -> Any:
+        answers = [model.member_answers(x, rows) for model in self.models]
+        for parts in zip(*answers, strict=True):
+            index = parts[0][0]
+            mixture = mixture_of([density for _, density in parts], self.shares)
+            yield index, self._recalibrated(mixture)
+
+    def _recalibrated(self, density: Queries) -> Queries:
+        if self.recalibration is None:
+            return density
+        base, bijector = split_transform(density)
+        base = self.recalibration.apply(base)
+        return base if bijector is None else Transformed(base, bijector)
+
+    def set_recalibration(self, recalibration: Recalibration | None) -> None:
+        super().set_recalibration(None)
+        self.recalibration = recalibration
+
+    # ------------------------------------------------------------------ Keras
+
+    def member(self, m: int) -> MDN:
+        raise RunError(f"member {m} of a stack is a mixture: ask model.models[..].member({m})")
+
+    def adapt(self, *arguments: Any, **options: Any) -> None:
+        raise RunError("a stack is of trained ensembles: adapt and train those, and stack them")
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        raise RunError("a stack is of trained ensembles: compile and train those, and stack them")
+
+    # ------------------------------------------------------------------ saving
+
+    def get_config(self) -> dict[str, Any]:
+        serialize = tf_keras.saving.serialize_keras_object
+        found = self.recalibration
+        return {
+            "name": self.name,
+            "models": [serialize(model) for model in self.models],
+            "shares": self.shares,
+            "recalibration": None if found is None else found.to_config(),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Stack:
+        models = tf_keras.saving.deserialize_keras_object(config["models"], custom_objects)
+        found = config["recalibration"]
+        recalibration = None if found is None else Recalibration.from_config(found)
+        return cls(models, config["shares"], recalibration, name=config["name"])
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Do nothing: the ensembles have been built from configs of their own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacking:
+    """What held-out rows say of ensembles, and of their mixture.
+
+    Attributes:
+        shares: of each ensemble that is worth its time; they sum to 1.
+        nll: of each, the NLL of the rows that its members held out, in nats a row; not finite
+            where it failed.
+        stacked: that of the mixture in these shares.
+    """
+
+    shares: dict[str, float]
+    nll: dict[str, float]
+    stacked: float
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{share:.0%} {name!r}" for name, share in self.shares.items())
+        alone = ", ".join(f"{name!r} {nll:.4f}" for name, nll in self.nll.items())
+        return (
+            f"the recipe is {shares}: {self.stacked:.4f} nats a row on the rows that members hold "
+            f"out; each alone: {alone}"
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Return flat keys for metrics.json."""
+        nll = {f"recipe/nll/{name}": value for name, value in self.nll.items()}
+        shares = {f"recipe/share/{name}": value for name, value in self.shares.items()}
+        return {"recipe/nll": self.stacked, **nll, **shares}
+
+
+def compare(models: Mapping[str, Ensemble], data: Data, folds: np.ndarray | None) -> Stacking:
+    """Return the shares in which ensembles predict best the rows that they held out.
+
+    Args:
+        models: by name; trained on the same rows, with the same folds.
+        data: the rows.
+        folds: [M, n], the rows that each member held out, see `mdn.selection.held_out_nll`.
+
+    Raises:
+        RunError: none of them has a finite NLL.
+    """
+    found = {name: held_out_nll(model, data, folds) for name, model in models.items()}
+    weight = next(iter(found.values()))[1]
+    rows = {name: nll for name, (nll, _) in found.items()}
+    means = {name: float(np.average(nll, weights=weight)) for name, nll in rows.items()}
+    finite = [name for name, nll in rows.items() if np.isfinite(nll).all()]
+    if not finite:
+        raise RunError("recipe=auto: no variant could be trained; use a lower learning rate")
+    log_prob = -np.stack([rows[name] for name in finite], axis=-1).astype(np.float64)
+    shares = stacking_shares(log_prob, weight)
+    shares[shares < LEAST_SHARE] = 0.0
+    shares /= shares.sum()
+    stacked = -np.average(_mixture(log_prob, shares), weights=weight)
+    kept = {name: float(s) for name, s in zip(finite, shares, strict=True) if s > 0.0}
+    return Stacking(kept, means, float(stacked))
+
+
+def stacking_shares(log_prob: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
+    """Return the shares of the mixture of V densities that is most likely.
+
+    Args:
+        log_prob: [n, V], what each says of each row, which none of them has learned from.
+        weight: [n], row weights.
+
+    Returns:
+        [V], which sum to 1: the maximum of a concave likelihood, by expectation maximisation.
+
+    Source:
+        Yao et al. (2018), Using stacking to average Bayesian predictive distributions.
+    """
+    shares = np.full(log_prob.shape[-1], 1.0 / log_prob.shape[-1])
+    for _ in range(STEPS):
+        density = np.exp(log_prob - _mixture(log_prob, shares)[:, np.newaxis])
+        shares = shares * np.average(density, axis=0, weights=weight)
+    return shares
+
+
+def _mixture(log_prob: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Return what the mixture in these shares says of each row, [n]."""
+    with np.errstate(divide="ignore"):
+        return np.logaddexp.reduce(log_prob + np.log(shares), axis=-1)
+
+
+def stack(models: Mapping[str, Ensemble], shares: Mapping[str, float]) -> Ensemble:
+    """Return the mixture of ensembles in shares: uncompiled copies; of a single one, itself."""
+    if len(shares) == 1:
+        return models[next(iter(shares))]
+    return Stack([_copy(models[name]) for name in shares], list(shares.values()))
+
+
+def _copy(model: Ensemble) -> Ensemble:
+    """Return a copy without the optimizer and what it keeps."""
+    copy = type(model).from_config(model.get_config())
+    copy.build_from_config(model.get_build_config())
+    copy.set_weights(model.get_weights())
+    return copy
