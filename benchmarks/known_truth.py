@@ -16,9 +16,8 @@ import json
 import os
 import platform
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.jobs import run_units
 from mdn.cli.quiet import import_tensorflow
 from mdn.errors import MDNError
 
@@ -59,29 +59,33 @@ def train(task: str, n: int, seed: int) -> dict[str, float]:
     from mdn.budget import epoch_steps, settle
     from mdn.config import compose_config, make
     from mdn.evaluation import evaluate
-    from mdn.preparation import compile_model
-    from mdn.runs import RunDirectory
+    from mdn.preparation import compile_model, member_folds
+    from mdn.recipes import fit_quietly, variants
+    from mdn.stacking import compare, stack
     from mdn.tasks import build_model
-    from mdn.training import fit, make_callbacks, seed_everything
+    from mdn.training import seed_everything
 
     held_out = round(HELD_OUT * n)
-    with tempfile.TemporaryDirectory() as scratch:
-        config = compose_config(
-            [
-                *(f"data={task}", f"data.rows={n - held_out}", f"data.validation_rows={held_out}"),
-                *(f"data.test_rows={TEST_ROWS}", f"seed={seed}", f"output_dir={scratch}"),
-                *("callbacks.tensorboard=null", "callbacks.checkpoint=null"),
-                *recipe(n),
-            ]
-        )
-        seed_everything(config)
-        data = make(config, "data").load()
-        config = settle(config, data)
-        model = build_model(config, data)
-        compile_model(model, config, epoch_steps(config, data))
-        directory = RunDirectory(config)
-        fit(model, config, data, directory, *make_callbacks(config, data, directory))
-        metrics = evaluate(model, data).metrics
+    config = compose_config(
+        [
+            *(f"data={task}", f"data.rows={n - held_out}", f"data.validation_rows={held_out}"),
+            *(f"data.test_rows={TEST_ROWS}", f"seed={seed}", *recipe(n)),
+        ]
+    )
+    seed_everything(config)
+    data = make(config, "data").load()
+    models, shares = {}, {}
+    for name, variant in variants(config).items():
+        settled = settle(variant, data)
+        seed_everything(settled)
+        model = models[name] = build_model(settled, data)
+        compile_model(model, settled, epoch_steps(settled, data))
+        fit_quietly(model, settled, data)
+    if len(models) > 1:
+        folds = member_folds(config, data)
+        shares = compare(models, data, None if folds is None else folds[1]).shares
+        model = stack(models, shares)
+    metrics = evaluate(model, data).metrics
     names = {
         "nll": "test/nll",
         "nll_se": "test/nll_se",
@@ -90,10 +94,20 @@ def train(task: str, n: int, seed: int) -> dict[str, float]:
         "coverage90": "test/coverage90",
         "entropy": "data/entropy",
     }
-    del model
+    del model, models
     tf_keras.backend.clear_session()  # programs of this size serve no other
     gc.collect()
-    return {name: metrics[key] for name, key in names.items()}
+    return {**{name: metrics[key] for name, key in names.items()}, "shares": shares}
+
+
+def fit_cell(unit: tuple[str, int, int], report: Callable[[Any], None]) -> None:
+    """Learn and judge the cell of (task, n, seed); report the task, n, and what was found."""
+    import_tensorflow()
+    task, n, seed = unit
+    start = time.perf_counter()
+    cell: dict[str, Any] = train(task, n, seed)
+    cell["seconds"] = round(time.perf_counter() - start, 1)
+    report((task, n, cell))
 
 
 # ---------------------------------------------------------------------- results
@@ -223,7 +237,7 @@ and the entropy H of the truth, which no density can fall below.
 
 The same options for all tasks and all n: `{" ".join(recipe(0))}`. Seed
 {results.settings["seed"]}; no choice was made by looking at test rows.
-{seconds / 60:.0f} minutes on {os.cpu_count()} cores ({platform.machine()}).
+{seconds / 60:.0f} minutes of processes, on {os.cpu_count()} cores ({platform.machine()}).
 """
 
 
@@ -289,25 +303,19 @@ def run(options: argparse.Namespace, results: Results, console: Console) -> None
     if not todo:
         return
     results.write()  # what cannot be written is told before anything is trained
-    import_tensorflow()
-    from mdn.training import InterruptedRunError
-
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bar = progress.add_task("", total=len(options.n) * len(options.tasks))
         progress.advance(bar, len(options.n) * len(options.tasks) - len(todo))
-        for task, n in todo:
-            progress.update(bar, description=f"{TASKS[task]}, n = {n:,}")
-            start = time.perf_counter()
-            try:
-                cell = train(task, n, options.seed)
-            except InterruptedRunError:
-                raise KeyboardInterrupt from None
-            cell["seconds"] = round(time.perf_counter() - start, 1)
+
+        def receive(found: tuple[str, int, dict[str, Any]]) -> None:
+            task, n, cell = found
             results.add(task, n, cell)
             done = f"{TASKS[task]}, n = {n:,}: {_with_error(cell)} ({cell['seconds']:.0f} s)"
             progress.console.print(done)
             progress.advance(bar)
+
+        run_units(fit_cell, [(*cell, options.seed) for cell in todo], options.jobs, receive)
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -351,6 +359,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--n", type=numbers, default=[*SIZES], metavar="N,M",
         help=f"numbers of rows; default {','.join(map(str, SIZES))}",
     )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes; default: cores"
+    )
     parser.add_argument("--seed", type=seed, default=0, help="of rows and weights; default 0")
     parser.add_argument(
         "--json", type=Path, default=STORE, metavar="OUT",
@@ -361,6 +372,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="write known_truth.md and .png there; default docs/benchmarks, of everything",
     )  # fmt: skip
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1")
     if options.output is None and (options.tasks, options.n) == ([*TASKS], [*SIZES]):
         options.output = OUTPUT
     return options

@@ -16,7 +16,7 @@ import tf_keras
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mdn.callbacks.averaging import AveragedWeights
-from mdn.callbacks.stopping import MemberStopping
+from mdn.callbacks.stopping import EarlyStopping, MemberStopping
 from mdn.data.rows import Data
 from mdn.preparation import make_batches
 
@@ -32,23 +32,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def variant(config: DictConfig, name: str) -> DictConfig:
-    """Return the config of a variant."""
+def variants(config: DictConfig) -> dict[str, DictConfig]:
+    """Return the configs to train by name: with recipe=auto the variants, else the one given."""
+    if config.recipe is None:
+        return {"as given": config}
+    return {name: _changed(config, changes) for name, changes in VARIANTS.items()}
+
+
+def _changed(config: DictConfig, changes: dict[str, Any]) -> DictConfig:
     config = copy.deepcopy(config)
     with open_dict(config):
-        for key, value in VARIANTS[name].items():
+        for key, value in changes.items():
             OmegaConf.update(config, key, value, merge=False)
         config.recipe = None
     return config
 
 
-def fit_members(
+def fit_quietly(
     model: Any,
     config: DictConfig,
     data: Data,
     callbacks: Iterable[tf_keras.callbacks.Callback] = (),
 ) -> None:
-    """Train an ensemble, without a word; it ends with the best weights of each member.
+    """Train a model of a run, without a word or a file; it ends with its best weights.
 
     Args:
         model: compiled.
@@ -58,7 +64,8 @@ def fit_members(
     """
     batches, held_out = make_batches(model, config, data, 0)
     given = config.callbacks.early_stopping
-    stopping = MemberStopping(patience=config.trainer.epochs if given is None else given.patience)
+    patience = config.trainer.epochs if given is None else given.patience
+    stopping = (MemberStopping if config.ensemble > 1 else EarlyStopping)(patience=patience)
     averages = [] if config.trainer.ema is None else [AveragedWeights()]
     model.fit(
         batches,

@@ -33,7 +33,7 @@ from mdn.export import directory_size
 from mdn.options import AUTO, GENERATIVE
 from mdn.plots import write_figures
 from mdn.preparation import compile_model, make_batches, member_folds
-from mdn.recipes import VARIANTS, variant
+from mdn.recipes import variants
 from mdn.runs import RunDirectory, provenance
 from mdn.selection import choose, held_out_nll
 from mdn.stacking import compare, stack
@@ -92,7 +92,7 @@ def train(
     if config.model.get("components") == AUTO:
         fit_several, first = fit_candidates, _candidate(config, 1)
     elif config.recipe == "auto":
-        fit_several, first = fit_variants, variant(config, next(iter(VARIANTS)))
+        fit_several, first = fit_variants, next(iter(variants(config).values()))
     # Of several too, what cannot be built is told before anything is written.
     model, callbacks, checkpoint = prepare(first)
     if not chief:
@@ -258,10 +258,10 @@ def fit_variants(
     """
     folds = member_folds(config, data)
     fitted: dict[str, Fitted] = {}
-    for name in VARIANTS:
+    for name, candidate in variants(config).items():
         log.info("recipe: variant %r", name)
         place = name.replace(" ", "-")
-        fitted[name] = _fit_one(variant(config, name), data, directory, prepare, place)
+        fitted[name] = _fit_one(candidate, data, directory, prepare, place)
     models: dict[str, Any] = {name: model for name, (model, *_) in fitted.items()}
     found = compare(models, data, None if folds is None else folds[1])
     log.info("%s", found)

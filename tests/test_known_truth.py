@@ -1,6 +1,7 @@
 """The benchmark of regrets: slopes, resumption, what it writes, wrong inputs, one real cell."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ def fake(monkeypatch):
         return cell(10 / n)
 
     monkeypatch.setattr(known_truth, "train", train)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # another process would not see the fake
     return trained
 
 

@@ -18,13 +18,18 @@ TABULAR = ("experiment=tabular", "data=linear_gaussian", "data.rows=200")
 
 def test_a_variant_is_a_diff():
     config = compose_config(TABULAR)
+    assert recipes.variants(config) == {"as given": config}
+    config.recipe = "auto"
+    found = recipes.variants(config)
+    assert list(found) == list(recipes.VARIANTS)
     for name, changes in recipes.VARIANTS.items():
-        made = recipes.variant(config, name)
+        made = found[name]
         for key, value in changes.items():
             assert OmegaConf.select(made, key) == value
         assert made.recipe is None
         assert made.seed == config.seed
-    assert recipes.variant(config, "as given") == config
+    config.recipe = None
+    assert found["as given"] == config
 
 
 @pytest.mark.parametrize(
@@ -60,8 +65,7 @@ def test_mistakes_in_a_config(overrides, message):
 def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch):
     variants = {"as given": {}, "still": {"optimizer.learning_rate": 1e-12}}
     variants["smooth"] = {"embedding": None}
-    for module in (recipes, training):
-        monkeypatch.setattr(module, "VARIANTS", variants)
+    monkeypatch.setattr(recipes, "VARIANTS", variants)
     tiny = ("ensemble=2", "folds=2", "k=2", "backbone.widths=[4]", "embedding.bins=2")
     tiny += ("trainer.steps=40", "trainer.epochs=2", "trainer.verbose=0", "trainer.warmup=2")
     tiny += ("trainer.compiled=false", "callbacks.tensorboard=null")

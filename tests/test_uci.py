@@ -11,8 +11,8 @@ from scipy.stats import norm
 
 import mdn
 from benchmarks.uci import __main__ as uci
-from benchmarks.uci.report import Results, markdown
-from benchmarks.uci.scores import score, summarise
+from benchmarks.uci.report import Results, markdown, summarise
+from benchmarks.uci.scores import score
 from benchmarks.uci.sets import parse_splits
 from mdn.errors import ConfigError, RunError
 

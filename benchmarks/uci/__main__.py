@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
+import os
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 import benchmarks.uci
+from benchmarks.jobs import run_units
+from benchmarks.uci.blocks import fit_block, make_blocks
+from benchmarks.uci.report import Results, markdown
 from benchmarks.uci.sets import find_sets, find_splits, fingerprint, parse_splits
-from mdn.cli.quiet import import_tensorflow
 from mdn.config import compose_config
 from mdn.errors import MDNError
 
@@ -32,8 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sets", default="", help="names of folders: a,b; default: all")
     parser.add_argument("--splits", default=None, help="numbers: 0-4,7; default: all")
     parser.add_argument("--json", type=Path, default=Path("runs/uci.json"), help="results")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: cores")
     parser.add_argument("overrides", nargs="*", help="of the config, such as k=5")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1")
     try:
         run(options)
     except MDNError as error:
@@ -56,41 +60,26 @@ def run(options: argparse.Namespace) -> None:
     splits = {name: find_splits(path, chosen) for name, path in paths.items()}
     config = compose_config(["experiment=tabular", "data=npz", *options.overrides])
     recipe = hashlib.sha256(OmegaConf.to_yaml(config).encode()).hexdigest()[:16]
-    import_tensorflow()
-    from benchmarks.uci.fits import Fitter
-    from benchmarks.uci.report import Results, markdown
-    from benchmarks.uci.scores import score
-
     results = Results(options.json)
     keys = {name: f"{fingerprint(path)}-{recipe}" for name, path in paths.items()}
     todo = {
         name: [i for i in splits[name] if not results.has(name, i, keys[name])] for name in paths
     }
+    blocks = make_blocks(paths, todo, options.overrides)
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=sum(map(len, todo.values())))
-        done = 0
-        for name, path in paths.items():
-            fitter = Fitter(path.resolve(), options.overrides)
-            for split in todo[name]:
-                bar.update(task, description=f"{name} {split}")
-                start = time.perf_counter()
-                report = functools.partial(_advance, bar, task, done)
-                density, data, shares = fitter.fit(split, report)
-                known = np.concatenate([data.train.y, data.validation.y])
-                scores = score(density, data.test.y, known)
-                seconds = time.perf_counter() - start
-                results.add(
-                    name, split, keys[name], {**scores, "seconds": seconds, "shares": shares}
-                )
-                done += 1
-                bar.update(task, completed=done)
-    shown = {name: results.sets[name] for name in paths}
-    print(markdown(shown), end="")
+        shares: dict[tuple[str, int], float] = {}
 
+        def receive(report: tuple[str, int, Any]) -> None:
+            name, split, found = report
+            if isinstance(found, dict):
+                results.add(name, split, keys[name], found)
+            shares[name, split] = 1.0 if isinstance(found, dict) else found
+            bar.update(task, description=f"{name} {split}", completed=sum(shares.values()))
 
-def _advance(bar: Progress, task: TaskID, done: int, share: float) -> None:
-    bar.update(task, completed=done + share)
+        run_units(fit_block, blocks, options.jobs, receive)
+    print(markdown({name: results.sets[name] for name in paths}), end="")
 
 
 if __name__ == "__main__":

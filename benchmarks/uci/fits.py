@@ -1,4 +1,4 @@
-"""Fits of the splits of one set, one after the other, by the same compiled program."""
+"""Fits of the splits of one set, one after the other, by the same compiled programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mdn.data.rows import Data
 from mdn.density.mixing import mixture_of
 from mdn.errors import DataError
 from mdn.preparation import compile_model, member_folds
-from mdn.recipes import VARIANTS, fit_members, variant
+from mdn.recipes import fit_quietly, variants
 from mdn.stacking import compare
 from mdn.tasks import build_model
 from mdn.training import seed_everything
@@ -82,13 +82,14 @@ class Fitter:
         config = compose_config(["experiment=tabular", *rows, *self.overrides])
         data: Data = make(config, "data").load()
         models = {}
-        shares = dict.fromkeys(VARIANTS if config.recipe == "auto" else list(VARIANTS)[:1], 1.0)
-        for i, name in enumerate(shares):
-            settled = settle(variant(config, name), data)
+        configs = variants(config)
+        for i, (name, variant) in enumerate(configs.items()):
+            settled = settle(variant, data)
             seed_everything(settled)
             models[name] = self._adapted(name, settled, data)
-            report = _Progress(progress, i, len(shares), settled.trainer.epochs)
-            fit_members(models[name], settled, data, [report])
+            report = _Progress(progress, i, len(configs), settled.trainer.epochs)
+            fit_quietly(models[name], settled, data, [report])
+        shares = dict.fromkeys(models, 1.0)
         if len(models) > 1:
             folds = member_folds(config, data)
             shares = compare(models, data, None if folds is None else folds[1]).shares

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.uci.scores import summarise
+import numpy as np
+
 from mdn.errors import RunError
 
 # Published mean test NLL over the same splits; the best of wine is an interval NLL. MC dropout:
@@ -109,3 +111,19 @@ def markdown(sets: dict[str, dict[str, Any]]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def summarise(splits: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the means over splits, and the seconds of all.
+
+    The standard errors are those over the splits; of a single one, over its rows.
+    """
+    keys = ("nll", "nll_interval", "rmse", "crps", "coverage90")
+    means = {key: float(np.mean([s[key] for s in splits])) for key in keys}
+    n = len(splits)
+    for key in ("nll", "nll_interval"):
+        values = [s[key] for s in splits]
+        own = splits[0][f"{key}_se"]
+        means[f"{key}_se"] = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else own
+    means["seconds"] = float(sum(s["seconds"] for s in splits))
+    return {**means, "splits": n}

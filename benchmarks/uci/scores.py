@@ -5,7 +5,6 @@ Shape letters: D event size, K components, N rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,19 +57,3 @@ def score(density: Any, y: np.ndarray, train: np.ndarray) -> dict[str, Any]:
 def _in_float64(density: Any) -> Any:
     tensors = {name: tf.cast(t, tf.float64) for name, t in density.tensors().items()}
     return type(density)(**tensors)
-
-
-def summarise(splits: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the means over splits, and the seconds of all.
-
-    The standard errors are those over the splits; of a single one, over its rows.
-    """
-    keys = ("nll", "nll_interval", "rmse", "crps", "coverage90")
-    means = {key: float(np.mean([s[key] for s in splits])) for key in keys}
-    n = len(splits)
-    for key in ("nll", "nll_interval"):
-        values = [s[key] for s in splits]
-        own = splits[0][f"{key}_se"]
-        means[f"{key}_se"] = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else own
-    means["seconds"] = float(sum(s["seconds"] for s in splits))
-    return {**means, "splits": n}
