@@ -17,9 +17,7 @@ _SPAWN = multiprocessing.get_context("spawn")
 Work = Callable[[Any, Callable[[Any], None]], None]
 
 
-def run_units(
-    work: Work, units: Sequence[Any], jobs: int, receive: Callable[[Any], None]
-) -> None:
+def run_units(work: Work, units: Sequence[Any], jobs: int, receive: Callable[[Any], None]) -> None:
     """Do all units of work, the first ones first, and pass on what they report.
 
     Args:

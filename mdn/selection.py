@@ -200,9 +200,7 @@ def held_out_nll(
         n = len(data.train)
         places = every[every < n], every[every >= n] - n
         rows = [r.take(at) for r, at in zip((data.train, data.validation), places, strict=True)]
-        log_prob: Any = [
-            model.member_log_prob(r.x, r.y, cells=True) for r in rows if len(r)
-        ]
+        log_prob: Any = [model.member_log_prob(r.x, r.y, cells=True) for r in rows if len(r)]
         log_prob = np.concatenate(log_prob)  # [N, M] or [N, T, M]
         held = np.zeros([len(every), len(folds)])
         held[own.reshape(folds.shape), np.arange(len(folds))[:, np.newaxis]] = 1.0

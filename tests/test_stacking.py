@@ -42,7 +42,7 @@ def both(ensembles):
 
 
 def test_shares_are_the_most_likely_ones():
-    log_prob = RNG.normal(size=[200, 3]) + [0.3, 0.0, 0.2]
+    log_prob = RNG.normal([0.3, 0.0, 0.2], size=[200, 3])
     weight = RNG.uniform(0.1, 2.0, size=200)
 
     def nll(free):
@@ -56,7 +56,7 @@ def test_shares_are_the_most_likely_ones():
 
 
 def test_shares_follow_a_constant_advantage():
-    log_prob = RNG.normal(size=[200, 1]) + [0.0, -0.5]
+    log_prob = RNG.normal(size=[200, 1]) + np.array([0.0, -0.5])
     assert stacking_shares(log_prob) == pytest.approx([1.0, 0.0], abs=1e-6)
 
 

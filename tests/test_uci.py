@@ -77,6 +77,11 @@ def test_run_resumes_and_reports(tmp_path, capsys):
     assert np.isfinite([found[k] for k in ("nll", "nll_interval", "rmse", "crps")]).all()
     assert capsys.readouterr().out.endswith(markdown({"one": found}))
     assert out.with_suffix(".md").read_text() == markdown({"one": found})
+    assert uci.main([*arguments, "--output", str(tmp_path / "pages")]) == 0
+    text = (tmp_path / "pages/uci.md").read_text()
+    assert f"python -m benchmarks.uci --data DIR {' '.join(TINY)}" in text
+    assert markdown({"one": found}) in text
+    assert (tmp_path / "pages/uci.png").read_bytes().startswith(b"\x89PNG")
     alone = tmp_path / "alone.json"  # by a program that no split went through before
     assert uci.main([*arguments[:2], "--json", str(alone), "--splits", "1", *TINY]) == 0
     again = json.loads(alone.read_text())["one"]["by_split"]["1"]

@@ -16,7 +16,7 @@ from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 import benchmarks.uci
 from benchmarks.jobs import run_units
 from benchmarks.uci.blocks import fit_block, make_blocks
-from benchmarks.uci.report import Results, markdown
+from benchmarks.uci.report import Results, draw, markdown, page
 from benchmarks.uci.sets import find_sets, find_splits, fingerprint, parse_splits
 from mdn.config import compose_config
 from mdn.errors import MDNError
@@ -33,7 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sets", default="", help="names of folders: a,b; default: all")
     parser.add_argument("--splits", default=None, help="numbers: 0-4,7; default: all")
     parser.add_argument("--json", type=Path, default=Path("runs/uci.json"), help="results")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: cores")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes; default: cores"
+    )
+    parser.add_argument("--output", type=Path, help="a folder for the page uci.md and its picture")
     parser.add_argument("overrides", nargs="*", help="of the config, such as k=5")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
@@ -79,7 +82,15 @@ def run(options: argparse.Namespace) -> None:
             bar.update(task, description=f"{name} {split}", completed=sum(shares.values()))
 
         run_units(fit_block, blocks, options.jobs, receive)
-    print(markdown({name: results.sets[name] for name in paths}), end="")
+    found = {name: results.sets[name] for name in paths}
+    print(markdown(found), end="")
+    if options.output is not None:
+        words = ["python -m benchmarks.uci --data DIR"]
+        words += [f"--{o} {v}" for o in ("sets", "splits") if (v := getattr(options, o))]
+        options.output.mkdir(parents=True, exist_ok=True)
+        text = page(found, " ".join([*words, *options.overrides]))
+        (options.output / "uci.md").write_text(text, "utf-8")
+        draw(found, options.output / "uci.png")
 
 
 if __name__ == "__main__":
