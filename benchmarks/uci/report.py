@@ -148,15 +148,15 @@ interval NLL.
 
 ## Protocol
 
-One config for all sets, `experiment=tabular`. Its options were compared on some of the splits 0 - 9
-(protein: 0 - 1), "chosen on"; the others, "untouched", had no part in any choice. Within a split,
-the shares of the variants, the stopping of each member and everything else that is learned goes by
-its train rows alone. The last column has the mean shares of the variants.
+One config for all sets, `experiment=tabular`. Its options were compared on some of the splits
+0 - 9 (protein: 0 - 1), "chosen on"; the others, "untouched", had no part in any choice. Within a
+split, the shares of the variants, the stopping of each member and everything else that is learned
+goes by its train rows alone. The last column has the mean shares of the variants.
 
 {halves}
 
-Some test rows are copies of train rows, features and target alike (wine 27 %, concrete 7 %, protein
-7 % of them): that is so for every method in the table.
+Some test rows are copies of train rows, features and target alike (wine 27 %, concrete 7 %,
+protein 7 % of them): that is so for every method in the table.
 """
 
 
