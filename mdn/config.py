@@ -237,9 +237,13 @@ def _check_recipe(values: dict[str, Any], groups: dict[str, Any], embedding: Any
                 "set one of them to null"
             )
         if groups["backbone"]["_target_"] != STACKED[0]:
-            raise ConfigError(f"recipe={values['recipe']}: tries depths of backbone=mlp; use that")
+            raise ConfigError(
+                f"recipe={values['recipe']}: tries depths of backbone=mlp; use that, or recipe=null"
+            )
         if "weight_decay" not in groups["optimizer"]:
-            raise ConfigError(f"recipe={values['recipe']}: tries decays; use optimizer=adamw")
+            raise ConfigError(
+                f"recipe={values['recipe']}: tries decays; use optimizer=adamw, or recipe=null"
+            )
 
 
 def _check_ensemble(members: int, groups: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from mdn.errors import ConfigError, RunError
 
 TINY = ("ensemble=2", "folds=2", "k=2", "backbone.widths=[4]", "embedding.bins=2")
 TINY += ("trainer.steps=20", "trainer.epochs=2", "trainer.batch_size=16", "trainer.warmup=2")
-TINY += ("trainer.compiled=false",)
+TINY += ("trainer.compiled=false", "recipe=null")
 
 
 def write_set(folder, targets=1):
