@@ -238,7 +238,7 @@ def _check_recipe(values: dict[str, Any], groups: dict[str, Any], embedding: Any
             )
         if groups["backbone"]["_target_"] != STACKED[0]:
             raise ConfigError(
-                f"recipe={values['recipe']}: tries depths of backbone=mlp; use that, or recipe=null"
+                f"recipe={values['recipe']}: tries depths of backbone=mlp; use it, or recipe=null"
             )
         if "weight_decay" not in groups["optimizer"]:
             raise ConfigError(

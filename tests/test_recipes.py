@@ -41,7 +41,7 @@ def test_a_variant_is_a_diff():
         (["trainer.steps=10"], "trainer.steps=10: is cut into trainer.epochs=60 parts"),
         (["recipe=best"], "recipe=best: must be 'auto'"),
         (["recipe=auto", "ensemble=2", "optimizer=adam"], "tries decays; use optimizer=adamw"),
-        (["recipe=auto", "ensemble=2", "backbone=resnet"], "tries depths of backbone=mlp"),
+        (["recipe=auto", "ensemble=2", "backbone=resnet"], "tries depths of backbone=mlp; use it"),
         (["trainer.jitter=true", "target_transform=log"], "noise could leave the domain"),
         (["trainer.jitter=true", "model=vae", "data=digits"], "model=vae has none"),
         (["embedding=piecewise", "model=distribution"], "embedding: model=distribution has none"),

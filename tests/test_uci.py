@@ -11,6 +11,7 @@ from scipy.stats import norm
 
 import mdn
 from benchmarks.uci import __main__ as uci
+from benchmarks.uci import blocks
 from benchmarks.uci.report import Results, markdown, summarise
 from benchmarks.uci.scores import score
 from benchmarks.uci.sets import parse_splits
@@ -83,6 +84,7 @@ def test_run_resumes_and_reports(tmp_path, capsys):
     assert markdown({"one": found}) in text
     assert (tmp_path / "pages/uci.png").read_bytes().startswith(b"\x89PNG")
     alone = tmp_path / "alone.json"  # by a program that no split went through before
+    blocks._fitter.cache_clear()
     assert uci.main([*arguments[:2], "--json", str(alone), "--splits", "1", *TINY]) == 0
     again = json.loads(alone.read_text())["one"]["by_split"]["1"]
     assert again["nll"] == pytest.approx(found["by_split"]["1"]["nll"], rel=1e-4)
