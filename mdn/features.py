@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import tensorflow as tf
 import tf_keras
 
@@ -306,3 +307,20 @@ def _moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # The rounded mean of a constant can differ from it, and leave a std of 1e-17.
     constant = (low == high) | (std < np.finfo(np.float32).tiny)
     return np.where(constant, low, np.nanmean(rows, axis=0)), np.where(constant, 1.0, std)
+
+
+def as_features(x: Any) -> Any:
+    """Return lists and Series as arrays, a DataFrame as a mapping of columns, the rest as is."""
+    if isinstance(x, pd.DataFrame):
+        x = {str(name): x[name] for name in x}
+    if isinstance(x, dict):
+        return {name: _as_column(column) for name, column in x.items()}
+    return np.asarray(x) if isinstance(x, list | tuple | pd.Series) else x
+
+
+def _as_column(column: Any) -> Any:
+    if isinstance(column, pd.Series):
+        if pd.api.types.is_numeric_dtype(column):
+            return column.to_numpy(np.float64, na_value=np.nan)
+        return column.to_numpy(object)
+    return column if isinstance(column, tf.Tensor) else np.asarray(column)

@@ -8,28 +8,26 @@ from __future__ import annotations
 import os
 import types
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import tensorflow as tf
 import tf_keras
 
 from mdn import backbones, losses
 from mdn import jitter as jitters
+from mdn.answers import AnsweringModel
 from mdn.base import TrainedModel
 from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Features, Rows
 from mdn.data.splits import thin
 from mdn.density.queries import Queries
 from mdn.density.recalibration import Recalibration
-from mdn.density.transformed import rebuilder
 from mdn.errors import ConfigError, DataError, RunError
-from mdn.features import Columns, Standardize, as_tensors
+from mdn.features import Columns, Standardize, as_features, as_tensors
 from mdn.heads import Diag, Head, MixtureDiag
-from mdn.inference import RowProgram, largest_batch
 from mdn.recalibration import RecalibrationFit, recalibrate
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
@@ -39,7 +37,7 @@ MOST_ROWS = 200_000  # that an embedding is fitted to
 
 
 @register
-class MDN(TrainedModel):
+class MDN(AnsweringModel):
     """A conditional density p(y | x) as a Keras model.
 
     Args:
@@ -96,7 +94,7 @@ class MDN(TrainedModel):
         Raises:
             DataError: rows that no density can be fitted to, see `mdn.data.checks`.
         """
-        x, y = _as_features(x), np.asarray(y)
+        x, y = as_features(x), np.asarray(y)
         if missing == "indicator" and getattr(self.encoder, "missing", missing) == "error":
             raise DataError("the model was made for missing='error': make a new one to adapt")
         if self.encoder is None:
@@ -111,7 +109,7 @@ class MDN(TrainedModel):
 
     def known_targets(self, x: Features, y: np.ndarray) -> np.ndarray:
         """Return y with NaN for whatever stands in padded steps of [N, T, F] and [N, T, D]."""
-        x, y = _as_features(x), np.asarray(y)
+        x, y = as_features(x), np.asarray(y)
         if isinstance(x, dict) or x.ndim != 3 or y.ndim != 3:
             return y
         real = self.encoder.compute_mask(tf.constant(x, tf_keras.backend.floatx())).numpy()
@@ -318,6 +316,21 @@ class MDN(TrainedModel):
         density = self(x, training=training)
         return self.compute_loss(x, y, density, sample_weight, training), density
 
+    def log_density(self, x: Any, y: tf.Tensor) -> tf.Tensor:
+        """Return log p(y | x) of a batch, as `self(x).log_prob(y)` does, but faster.
+
+        Args:
+            x: as for a call.
+            y: [B, D] or [B, T, D] in the user's units; an entry that is NaN is marginalised.
+        """
+        self._check_adapted()
+        hidden = self._hidden(x, training=False)
+        return tf.cond(
+            tf.reduce_any(tf.math.is_nan(y)),
+            lambda: self.head(hidden).log_prob(y),
+            lambda: self.head.log_prob(hidden, y),
+        )
+
     def predict_step(self, data: Any) -> tf.Tensor:
         x, _, _ = tf_keras.utils.unpack_x_y_sample_weight(data)
         return self(x, training=False).mean()
@@ -331,7 +344,7 @@ class MDN(TrainedModel):
         return super().compute_metrics(x, y, mean, sample_weight)
 
     def check_arrays(self, x: Any, y: Any, sample_weight: Any) -> None:
-        check_rows(_as_features(x), np.asarray(y), self.missing)
+        check_rows(as_features(x), np.asarray(y), self.missing)
         self.head.check_domain(y)
         if sample_weight is not None:
             check_weight(sample_weight, "sample_weight")
@@ -348,151 +361,6 @@ class MDN(TrainedModel):
     def arrays(self, rows: Rows) -> tuple[Any, ...]:
         weight = () if rows.weight is None else (rows.weight,)
         return (self.encode(rows.x), rows.y, *weight)
-
-    # ------------------------------------------------------------------ answers for many rows
-
-    def encode(self, x: Any) -> Any:
-        """Return raw features as what the compiled steps take: strings become codes.
-
-        Args:
-            x: a mapping of columns, which becomes [N, C] float32; anything else is returned as is.
-        """
-        self._check_adapted()
-        x = _as_features(x)
-        if isinstance(self.encoder, Columns):
-            if isinstance(x, dict):
-                return self.encoder.codes(as_tensors(x)).numpy()
-            if isinstance(x, np.ndarray):
-                raise DataError(f"x is a matrix: give the columns {', '.join(self.encoder.names)}")
-        elif isinstance(x, np.ndarray) and x.shape[-1:] != (self.encoder.features,):
-            raise DataError(
-                f"x has shape {list(x.shape)} but the model has {self.encoder.features} features: "
-                f"give [N, {self.encoder.features}]"
-            )
-        return x
-
-    def densities(
-        self, x: Features, batch_size: int | None = None
-    ) -> Iterator[tuple[slice, Queries]]:
-        """Yield (rows, density of those rows), in order, a batch at a time."""
-
-        def tensors(x: tf.Tensor) -> dict[str, tf.Tensor]:
-            density = self(x, training=False)
-            self._rebuild = rebuilder(density)
-            return density.tensors()
-
-        for rows, parts in self._over_rows("density", tensors, [self._as_rows(x)], batch_size):
-            yield rows, self._rebuild(**parts)
-
-    def _over_rows(
-        self, name: str, function: Callable, arrays: list[np.ndarray], batch_size: int | None
-    ) -> Iterator[tuple[slice, Any]]:
-        """Yield (rows, what the program of that name makes of them); `function` makes the program.
-
-        There is one for each model, as a function of the class would be traced for each of them.
-        """
-        programs = vars(self._programs)
-        if name not in programs:
-            programs[name] = self.row_program(function)
-        return programs[name](arrays, self._largest_batch if batch_size is None else batch_size)
-
-    def row_program(self, function: Callable) -> RowProgram:
-        """Return a program of rows that calls this model, compiled as far as its parts can be."""
-        compiled = self.xla if self.optimizer is None else bool(self._jit_compile)
-        # Of bfloat16 XLA leaves roundings out, and would not answer as the artefact does.
-        whole = tf.as_dtype(self.backbone.compute_dtype or self.dtype).size >= 4
-        return RowProgram(function, compiled and whole)
-
-    @property
-    def _largest_batch(self) -> int:
-        return largest_batch(self.head.params_size)
-
-    def _as_rows(self, x: Features) -> np.ndarray:
-        self._check_adapted()
-        return np.asarray(self.encode(x), tf_keras.backend.floatx())
-
-    def predict_distribution(self, x: Features, batch_size: int | None = None) -> Queries:
-        """Return the density of any number of rows.
-
-        Args:
-            x: [N, F], [N, T, F], or a mapping of columns [N].
-            batch_size: rows that go through the network at a time; by default as many as are fast.
-
-        Returns:
-            The head's type, batch [N] or [N, T]; its `parameters` are NumPy arrays.
-        """
-        parts = [density for _, density in self.densities(x, batch_size)]
-        if not parts:
-            raise DataError("x has no rows: give at least one")
-        arrays = {
-            name: np.concatenate([part.tensors()[name].numpy() for part in parts])
-            for name in parts[0].tensors()
-        }
-        return rebuilder(parts[0])(**arrays)
-
-    def log_prob(self, x: Features, y: np.ndarray, batch_size: int | None = None) -> np.ndarray:
-        """Return log p(y | x) of any number of rows, in nats: [N] or [N, T].
-
-        Args:
-            x: [N, F], [N, T, F], or a mapping of columns [N].
-            y: [N, D] or [N, T, D] in the user's units; an entry that is NaN is marginalised.
-            batch_size: rows that go through the network at a time; by default as many as are fast.
-
-        Raises:
-            DataError: y has no D columns, or there are not as many rows of it as of x.
-        """
-        x, y = self._as_rows(x), np.asarray(y, tf_keras.backend.floatx())
-        if y.shape[-1:] != (self.head.event_size,) or len(x) != len(y):
-            raise DataError(
-                f"y has shape {list(y.shape)}: give [{len(x)}, {self.head.event_size}], a row of "
-                "targets for each row of x"
-            )
-        parts = [
-            part.numpy()
-            for _, part in self._over_rows(
-                "log_prob", lambda x, y: self(x, training=False).log_prob(y), [x, y], batch_size
-            )
-        ]
-        return np.concatenate(parts) if parts else np.zeros(y.shape[:-1], y.dtype)
-
-    def log_density(self, x: Any, y: tf.Tensor) -> tf.Tensor:
-        """Return log p(y | x) of a batch, as `self(x).log_prob(y)` does, but faster.
-
-        Args:
-            x: as for a call.
-            y: [B, D] or [B, T, D] in the user's units; an entry that is NaN is marginalised.
-        """
-        self._check_adapted()
-        hidden = self._hidden(x, training=False)
-        return tf.cond(
-            tf.reduce_any(tf.math.is_nan(y)),
-            lambda: self.head(hidden).log_prob(y),
-            lambda: self.head.log_prob(hidden, y),
-        )
-
-    def predict(
-        self, x: Any, batch_size: int | None = None, verbose: Any = "auto", **kwargs: Any
-    ) -> np.ndarray:
-        """Return the mean of the density at each row, [N, D] or [N, T, D]: never a random draw.
-
-        Args:
-            x: [N, F], [N, T, F], a mapping of columns [N], or a `tf.data.Dataset`.
-            batch_size: rows that go through the network at a time; by default as many as are fast.
-            verbose: as in Keras; arrays take no time that a progress bar would show.
-            **kwargs: as in Keras.
-        """
-        x = self.encode(x)
-        if not isinstance(x, np.ndarray) or kwargs or not len(x):
-            return super().predict(x, batch_size, verbose, **kwargs)
-        dtype = tf_keras.backend.floatx()
-        parts = self._over_rows(
-            "mean", lambda x: self(x, training=False).mean(), [x.astype(dtype)], batch_size
-        )
-        return np.concatenate([part.numpy() for _, part in parts])
-
-    def row_losses(self, rows: Rows) -> np.ndarray:
-        losses = -self.log_prob(rows.x, rows.y)
-        return losses.reshape([len(losses), -1]).max(axis=1)  # the worst step of each
 
     # ------------------------------------------------------------------ recalibration
 
@@ -522,7 +390,7 @@ class MDN(TrainedModel):
     ) -> RecalibrationFit:
         self._check_adapted()
         self.set_recalibration(None)
-        fit = recalibrate(self, _as_features(x), y, weight, rows, seed)
+        fit = recalibrate(self, as_features(x), y, weight, rows, seed)
         self.set_recalibration(fit.map)
         return fit
 
@@ -564,23 +432,6 @@ class MDN(TrainedModel):
     def build_from_config(self, config: dict[str, Any]) -> None:
         if config["feature_rank"] is not None:
             self._build_network(config["feature_rank"])
-
-
-def _as_features(x: Any) -> Any:
-    """Return lists and Series as arrays, a DataFrame as a mapping of columns, the rest as is."""
-    if isinstance(x, pd.DataFrame):
-        x = {str(name): x[name] for name in x}
-    if isinstance(x, dict):
-        return {name: _as_column(column) for name, column in x.items()}
-    return np.asarray(x) if isinstance(x, list | tuple | pd.Series) else x
-
-
-def _as_column(column: Any) -> Any:
-    if isinstance(column, pd.Series):
-        if pd.api.types.is_numeric_dtype(column):
-            return column.to_numpy(np.float64, na_value=np.nan)
-        return column.to_numpy(object)
-    return column if isinstance(column, tf.Tensor) else np.asarray(column)
 
 
 def load(path: str | os.PathLike[str], compile: bool = True) -> Any:

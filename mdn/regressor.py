@@ -32,7 +32,8 @@ from mdn.data.splits import draw_folds
 from mdn.density.queries import Queries
 from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, DataError, RunError
-from mdn.model import MDN, _as_features, load
+from mdn.features import as_features
+from mdn.model import MDN, load
 from mdn.options import AUTO
 from mdn.selection import Selection, choose, held_out_nll
 from mdn.shared_loop import shared_fit
@@ -154,7 +155,7 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         if not weight.any():
             raise DataError("sample_weight is zero in every row: give at least one row a weight")
         self._y_ndim = y.ndim
-        rows = _merge(Rows(_as_features(x), y.reshape(len(y), -1), weight))
+        rows = _merge(Rows(as_features(x), y.reshape(len(y), -1), weight))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         held_out = round(self.validation_fraction * len(rows))
         order = np.random.default_rng(seed).permutation(len(rows))

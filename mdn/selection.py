@@ -251,13 +251,13 @@ def select_components(
     import tf_keras  # here, as the rule itself needs no TensorFlow
 
     from mdn.callbacks.stopping import EarlyStopping
-    from mdn.model import _as_features
+    from mdn.features import as_features
 
     if "components" not in model.head.get_config():
         raise ConfigError(
             f"the head {type(model.head).__name__} has no components: use mdn.heads.Mixture"
         )
-    rows = Rows(_as_features(x), np.asarray(y), sample_weight)
+    rows = Rows(as_features(x), np.asarray(y), sample_weight)
     held_out = round(validation_split * len(rows))
     if not 0 < held_out < len(rows):
         raise DataError(
