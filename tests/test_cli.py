@@ -89,6 +89,8 @@ def test_every_command_has_help_with_an_example(name):
         (["plot", "."], "it has no .hydra/config.yaml"),
         (["runs", "none"], "none is no folder"),
         (["train", "kk=3"], "kk=3: kk is no option"),
+        (["train", "data=csv", "data.path=none.csv"], "data.path=none.csv matches no file"),
+        (["train", "data=npz"], "data.path is not set"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

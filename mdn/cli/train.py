@@ -16,6 +16,7 @@ from mdn.cli import LAUNCHED
 from mdn.cli.failure import INTERRUPTED, fail
 from mdn.cli.quiet import import_tensorflow
 from mdn.config import check_config, compose_config, config_dir
+from mdn.data.files import SUFFIXES, find_files
 from mdn.errors import MDNError
 from mdn.options import FITTED
 
@@ -40,6 +41,8 @@ def _job(config: DictConfig) -> float | None:
     try:
         check_config(config)
         _place(config)
+        if (suffixes := SUFFIXES.get(config.data._target_)) is not None:
+            find_files(config.data.path, suffixes)  # a wrong path is told before the long import
         import_tensorflow()
         from mdn.estimation import estimate
         from mdn.training import InterruptedRunError, train

@@ -17,16 +17,16 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
+from mdn.data.files import SUFFIXES, find_files
 from mdn.data.rows import Data
 from mdn.data.streams import BLOCK_BYTES, BLOCK_ROWS, Block, StreamOptions, open_stream
-from mdn.data.tabular import check_column, find_files
+from mdn.data.tabular import check_column
 from mdn.errors import DataError
 
 READ_BYTES = 4 * 2**20
 # A record's length comes before it, and sums of both, of four bytes, after the one and the other.
 _LENGTH = struct.Struct("<Q")
 _HEAD, _TAIL = 12, 4
-_SUFFIXES = (".tfrecord", ".tfrecords", ".tfrecord.gz", ".tfrecords.gz")
 
 
 @dataclasses.dataclass
@@ -73,7 +73,7 @@ class TFRecord:
         Raises:
             DataError: a file, a list or a value cannot be used; the message says which.
         """
-        reader = TFRecordReader(self, find_files(self.path, _SUFFIXES))
+        reader = TFRecordReader(self, find_files(self.path, SUFFIXES["mdn.data.records.TFRecord"]))
         names = [field.name for field in dataclasses.fields(StreamOptions)]
         return open_stream(reader, StreamOptions(**{name: getattr(self, name) for name in names}))
 

@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mdn.data.checks import FLOAT32_MAX, RowName
+from mdn.data.files import find_files
 from mdn.data.rows import Features
-from mdn.data.tabular import Csv, Parquet, Table, attempt, find_files, to_days, to_number, to_text
+from mdn.data.tabular import Csv, Parquet, Table, attempt, to_days, to_number, to_text
 from mdn.errors import DataError
 
 BLOCK_ROWS = 65_536

@@ -5,8 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
-import glob
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ import pandas as pd
 import pyarrow.parquet
 
 from mdn.data.checks import RowName, check_rows, check_weight, find_missing
+from mdn.data.files import SUFFIXES, find_files
 from mdn.data.rows import Data, Features, Rows
 from mdn.data.splits import Split, split_data, split_indices, thin
 from mdn.errors import DataError
@@ -214,7 +213,7 @@ class Csv(Table):
     """
 
     kind = "CSV"
-    suffixes = (".csv", ".csv.gz")
+    suffixes = SUFFIXES["mdn.data.tabular.Csv"]
 
     def _names(self, file: Path) -> list[str]:
         head = _head(file)
@@ -281,7 +280,7 @@ class Parquet(Table):
     shuffle_rows: int = 262_144
 
     kind = "Parquet"
-    suffixes = (".parquet", ".pq")
+    suffixes = SUFFIXES["mdn.data.tabular.Parquet"]
 
     def _names(self, file: Path) -> list[str]:
         head = _head(file)
@@ -312,38 +311,6 @@ class Parquet(Table):
     def _read(self, file: Path, columns: list[str]) -> pd.DataFrame:
         with pyarrow.parquet.ParquetFile(file) as stream:
             return stream.read(columns).to_pandas(ignore_metadata=True)[columns]
-
-
-def find_files(
-    path: str | None, suffixes: tuple[str, ...], label: str = "data.path="
-) -> list[Path]:
-    """Return the files that a path stands for, sorted by name.
-
-    Args:
-        path: a file, a folder or a glob.
-        suffixes: of the files that are taken from a folder.
-        label: what the path stands behind in messages.
-
-    Raises:
-        DataError: there is no such file.
-    """
-    if not path:
-        raise DataError(
-            "data.path is not set: give a file, a folder or a glob, "
-            f"e.g. data.path=rows{suffixes[0]}"
-        )
-    place = Path(os.path.expanduser(path))
-    if place.is_dir():
-        files = [f for f in sorted(place.iterdir()) if f.name.endswith(suffixes)]
-        if not files:
-            raise DataError(f"{label}{path} is a folder with no {' or '.join(suffixes)} file")
-        return files
-    if place.exists():
-        return [place]
-    files = [Path(f) for f in sorted(glob.glob(str(place), recursive=True)) if Path(f).is_file()]
-    if not files:
-        raise DataError(f"{label}{path} matches no file: check the path")
-    return files
 
 
 def check_column(option: str, name: str, names: list[str], path: str | None) -> None:
