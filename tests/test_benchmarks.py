@@ -86,6 +86,16 @@ def test_speed(capsys, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "speed.json").read_text())
     assert [e["key"] for e in found["race"]["S"]] == ["mdn", "keras", "network"]
     assert all(e["microseconds"][0] > 0 for e in found["streaming"])
+    # The same command has nothing left to measure; what did not agree is measured again.
+    monkeypatch.setattr(measure, "Worker", None)
+    assert speed.main([*SMALL, *where, *sections]) == 0
+    assert capsys.readouterr().out == printed
+    found["disagreements"] = ["S, Keras as documented: .."]
+    (tmp_path / "speed.json").write_text(json.dumps(found))
+    with pytest.raises(TypeError):
+        speed.main([*SMALL, *where, *sections])
+    assert speed.main([*SMALL[:2], "--repeats", "2", *SMALL[4:], *where, *sections]) == 2
+    assert "of another machine, of other versions or of 1 rounds" in capsys.readouterr().err
     spent = found["profile"]["S"]
     assert spent["products"] > 0 < spent["others"]
     assert spent["operations"] > 20

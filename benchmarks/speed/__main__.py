@@ -2,7 +2,7 @@
 
     pip install -e '.[speed]' && python -m benchmarks.speed
 
-A run of everything takes some twenty minutes on two cores. What is not installed is left out.
+A run of everything takes over an hour on two cores. What is not installed is left out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from benchmarks.speed.contenders import CONTENDERS, MDN
 from benchmarks.speed.report import Results, markdown
 from benchmarks.speed.workloads import ROWS, WORKLOADS
 from mdn.cli.quiet import import_tensorflow
+from mdn.errors import MDNError
 
 SECTIONS = (
     "race",
@@ -44,34 +45,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     logging.getLogger("jax").setLevel(logging.ERROR)
     results = Results(_command(options), options.repeats)
+    if options.json is not None and options.json.exists():
+        try:
+            results = Results.open(options.json, results.command, options.repeats)
+        except MDNError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     contenders = [c for c in CONTENDERS if c.key in options.contenders]
     chosen = [dataclasses.replace(WORKLOADS[n], rows=options.rows) for n in options.workloads]
     base = dataclasses.replace(WORKLOADS[BASE], rows=options.rows)
 
     def save() -> None:  # as it goes, so that a long run that is stopped has not run in vain
+        results.race = {n: results.race[n] for n in WORKLOADS if n in results.race}
         if options.json is not None:
             results.write_json(options.json)
         if options.output is not None:
             results.write(options.output)
 
     for workload in chosen:
-        if "race" in options.sections:
+        if "race" in options.sections and workload.name not in results.race:
             entrants, found = sections.compete(workload, contenders, options.repeats)
             results.race[workload.name] = entrants
             results.disagreements += found
             save()
-        if "precision" in options.sections:
+        if "precision" in options.sections and workload.name not in results.precision:
             entrants, found = sections.precision(workload, options.repeats)
             if entrants:
                 results.precision[workload.name] = entrants
             results.disagreements += found
-        if "profile" in options.sections:
+        if "profile" in options.sections and workload.name not in results.profile:
             results.profile[workload.name] = sections.profile(workload)
-        if "memory" in options.sections:
+        if "memory" in options.sections and workload.name not in results.memory:
             results.memory[workload.name] = sections.peaks(workload, contenders)
         save()
     for section in ("cost", "ensembles", "streaming", "inference"):
-        if section in options.sections:
+        if section in options.sections and not getattr(results, section):
             setattr(results, section, getattr(sections, section)(base, options.repeats))
             save()
     print(markdown(results))
@@ -121,7 +129,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         )
     parser.add_argument("--rows", type=int, default=ROWS, help=f"N; default {ROWS}")
     parser.add_argument("--repeats", type=int, default=7, help="rounds; default 7")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers to this file")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="OUT",
+        help="write all numbers to this file; what it has is not measured again",
+    )
     parser.add_argument(
         "--output",
         type=Path,

@@ -46,7 +46,8 @@ class Entrant:
         first_seconds: to make it and train for the first time, all compilation included.
         microseconds: of a train step, one number for each round.
         start_loss: of the first rows under the starting weights, if it has such a loss.
-        final_loss: of all rows at the end.
+        final_loss: of all rows at the end of a round, the mean over the rounds: of a single one
+            it shows which batches came last.
         failure: why it is not there.
     """
 
@@ -70,6 +71,14 @@ class Entrant:
             return None
         return Spread.of(np.divide(self.microseconds, other.microseconds))
 
+    @classmethod
+    def restore(cls, record: dict[str, Any]) -> Entrant:
+        """Return what `record` returned; it has nothing left to train."""
+        workload = Workload(
+            **{**record["workload"], "widths": tuple(record["workload"]["widths"])}
+        )
+        return cls(**{**record, "workload": workload, "make": _has_run})
+
     def record(self) -> dict[str, Any]:
         """Return what there is to know, for JSON."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -84,6 +93,7 @@ def race(entrants: Sequence[Entrant], repeats: int) -> None:
     and once a round. One that raises is out, and its `failure` says why.
     """
     workers: dict[int, Worker] = {}
+    losses: dict[int, list[float]] = {}
 
     def run(i: int, act: Callable[[], None]) -> None:
         try:
@@ -105,9 +115,9 @@ def race(entrants: Sequence[Entrant], repeats: int) -> None:
         steps = workers[i].steps(workload.steps)
         seconds = workers[i].train(workload.epochs)
         entrants[i].microseconds.append(1e6 * seconds / (workload.epochs * steps))
-
-    def finish(i: int) -> None:
-        entrants[i].final_loss = workers[i].loss(entrants[i].workload.rows)
+        if (loss := workers[i].loss(workload.rows)) is not None:
+            losses.setdefault(i, []).append(loss)
+            entrants[i].final_loss = float(np.mean(losses[i]))
 
     try:
         for i, entrant in enumerate(entrants):
@@ -118,8 +128,6 @@ def race(entrants: Sequence[Entrant], repeats: int) -> None:
             _say(f"round {repeat + 1} of {repeats}")
             for i in order.sample(list(workers), len(workers)):
                 run(i, partial(train, i))
-        for i in list(workers):
-            run(i, partial(finish, i))
     finally:
         for worker in workers.values():
             worker.close()
@@ -143,10 +151,14 @@ def disagreements(entrants: Sequence[Entrant], reference: float) -> list[str]:
         tolerance = FINAL_TOLERANCE[0] + FINAL_TOLERANCE[1] * entrant.workload.targets
         if not abs(final - np.median(losses)) <= tolerance:
             found.append(
-                f"{where}: the loss ends at {final:.4f}, more than {tolerance:.3g} from the "
+                f"{where}: the mean loss is {final:.4f}, more than {tolerance:.3g} from the "
                 f"median of all, {np.median(losses):.4f}"
             )
     return found
+
+
+def _has_run() -> None:
+    raise RuntimeError("an entrant of a race that is over")
 
 
 def _say(line: str) -> None:

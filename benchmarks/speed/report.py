@@ -17,6 +17,7 @@ from matplotlib.ticker import NullFormatter
 
 from benchmarks.speed.contenders import KERAS, MDN, NETWORK
 from benchmarks.speed.measure import FINAL_TOLERANCE, START_TOLERANCE, Entrant, Spread
+from mdn.errors import RunError
 
 # What `mdn` is to reach: at least so many times as fast as Keras as documented and as the best
 # peer, and a step at most so many times that of the network with a sum of squares.
@@ -67,6 +68,36 @@ class Results:
         picture = plot(self, folder / "speed.png")
         image = "\n![Time of a training step by workload](speed.png)\n" if picture else ""
         (folder / "speed.md").write_text(markdown(self, image), encoding="utf-8")
+
+    @classmethod
+    def open(cls, path: Path, command: str, repeats: int) -> Results:
+        """Return what `write_json` wrote, to go on with; what did not agree is left out.
+
+        Raises:
+            RunError: the file has no results of this command on this machine.
+        """
+        new = cls(command, repeats)
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            machines = [{**m, "load": None} for m in (found["machine"], new.machine)]
+            if machines[0] != machines[1] or found["repeats"] != repeats:
+                raise RunError(
+                    f"--json {path} holds numbers of another machine, of other versions or of "
+                    f"{found['repeats']} rounds: name another file, or remove it"
+                )
+            for name in ("race", "precision", "cost"):
+                series = found[name].items()
+                setattr(new, name, {key: [*map(Entrant.restore, es)] for key, es in series})
+            for name in ("ensembles", "streaming", "inference"):
+                setattr(new, name, [*map(Entrant.restore, found[name])])
+            new.profile, new.memory = found["profile"], found["memory"]
+            new.machine["load"] = found["machine"]["load"]
+            for line in found["disagreements"]:
+                for races in (new.race, new.precision):
+                    races.pop(line.partition(",")[0], None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"--json {path} cannot be gone on from: {error!r}") from error
+        return new
 
     def write_json(self, path: Path) -> None:
         """Write all numbers."""
@@ -229,9 +260,9 @@ def _losses(results: Results) -> str:
         else "They do NOT agree:\n\n" + "\n".join(f"- {line}" for line in results.disagreements)
     )
     return (
-        "## The same model: NLL of the training rows at the end, nats per row\n\n"
+        "## The same model: NLL of the training rows, nats per row\n\n"
         f"{_table(['', *names], lines)}\n"
-        "All start from the same weights, where their losses are compared with one computed in "
+        "Means over the ends of the rounds. All start from the same weights, where their losses are compared with one computed in "
         f"NumPy (relative tolerance {START_TOLERANCE:g}), and train as many epochs, each in an "
         f"order of its own (tolerance {fixed:g} + {per_target:g} D nats about the median). "
         f"{verdict}\n"
