@@ -46,8 +46,7 @@ class Entrant:
         first_seconds: to make it and train for the first time, all compilation included.
         microseconds: of a train step, one number for each round.
         start_loss: of the first rows under the starting weights, if it has such a loss.
-        final_loss: of all rows at the end of a round, the mean over the rounds: of a single one
-            it shows which batches came last.
+        losses: of all rows, at the end of each round.
         failure: why it is not there.
     """
 
@@ -58,8 +57,13 @@ class Entrant:
     first_seconds: float | None = None
     microseconds: list[float] = dataclasses.field(default_factory=list)
     start_loss: float | None = None
-    final_loss: float | None = None
+    losses: list[float] = dataclasses.field(default_factory=list)
     failure: str | None = None
+
+    @property
+    def final_loss(self) -> float | None:
+        """The mean over the rounds: that of a single one tells which batches came last."""
+        return float(np.mean(self.losses)) if self.losses else None
 
     @property
     def spread(self) -> Spread | None:
@@ -93,7 +97,6 @@ def race(entrants: Sequence[Entrant], repeats: int) -> None:
     and once a round. One that raises is out, and its `failure` says why.
     """
     workers: dict[int, Worker] = {}
-    losses: dict[int, list[float]] = {}
 
     def run(i: int, act: Callable[[], None]) -> None:
         try:
@@ -116,8 +119,7 @@ def race(entrants: Sequence[Entrant], repeats: int) -> None:
         seconds = workers[i].train(workload.epochs)
         entrants[i].microseconds.append(1e6 * seconds / (workload.epochs * steps))
         if (loss := workers[i].loss(workload.rows)) is not None:
-            losses.setdefault(i, []).append(loss)
-            entrants[i].final_loss = float(np.mean(losses[i]))
+            entrants[i].losses.append(loss)
 
     try:
         for i, entrant in enumerate(entrants):

@@ -254,6 +254,8 @@ def _losses(results: Results) -> str:
                 [entrant.label, *("-" if loss is None else f"{loss:.3f}" for loss in finals)]
             )
     fixed, per_target = FINAL_TOLERANCE
+    counts = {name: max(len(e.losses) for e in results.race[name]) for name in names}
+    rounds = ", ".join(f"{name}: {count}" for name, count in counts.items())
     verdict = (
         "All agree."
         if not results.disagreements
@@ -262,9 +264,10 @@ def _losses(results: Results) -> str:
     return (
         "## The same model: NLL of the training rows, nats per row\n\n"
         f"{_table(['', *names], lines)}\n"
-        "Means over the ends of the rounds. All start from the same weights, where their losses are compared with one computed in "
-        f"NumPy (relative tolerance {START_TOLERANCE:g}), and train as many epochs, each in an "
-        f"order of its own (tolerance {fixed:g} + {per_target:g} D nats about the median). "
+        f"Means over the ends of rounds ({rounds}). All start from the same weights, where their "
+        f"losses are compared with one computed in NumPy (relative tolerance {START_TOLERANCE:g}), "
+        "and train as many epochs, each in an order of its own "
+        f"(tolerance {fixed:g} + {per_target:g} D nats about the median). "
         f"{verdict}\n"
     )
 
