@@ -265,8 +265,8 @@ def _losses(results: Results) -> str:
         "## The same model: NLL of the training rows, nats per row\n\n"
         f"{_table(['', *names], lines)}\n"
         f"Means over the ends of rounds ({rounds}). All start from the same weights, where their "
-        f"losses are compared with one computed in NumPy (relative tolerance {START_TOLERANCE:g}), "
-        "and train as many epochs, each in an order of its own "
+        "losses are compared with one computed in NumPy (relative tolerance "
+        f"{START_TOLERANCE:g}), and train as many epochs, each in an order of its own "
         f"(tolerance {fixed:g} + {per_target:g} D nats about the median). "
         f"{verdict}\n"
     )
