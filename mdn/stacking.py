@@ -7,6 +7,7 @@ of each.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,9 @@ class Stack(Ensemble):
         self.members = models[0].members
         self.missing = models[0].missing
         self.column_names = models[0].column_names
+        # In a namespace, as Keras looks into what attributes hold.
+        self._programs = types.SimpleNamespace()
+        self._rebuild: Any = None
 
     @property
     def _first(self) -> Ensemble:
@@ -256,5 +260,11 @@ def _copy(model: Ensemble) -> Ensemble:
     """Return a copy without the optimizer and what it keeps."""
     copy = type(model).from_config(model.get_config())
     copy.build_from_config(model.get_build_config())
-    copy.set_weights(model.get_weights())
+    for name in ("encoder", "embedding"):
+        if (part := getattr(model, name)) is not None:
+            getattr(copy, name).set_weights(part.get_weights())
+    for name, variable in model.head.statistics.items():
+        getattr(copy.head, name).assign(variable)
+    for mine, weight in zip(copy.stacked_weights, model.stacked_weights, strict=True):
+        mine.assign(weight)
     return copy
