@@ -25,9 +25,8 @@ from mdn.errors import ConfigError, RunError
 from mdn.export.signatures import meaning, signatures
 from mdn.features import Columns
 from mdn.model import MDN
+from mdn.trust import DESCRIPTION, FORMAT, file_digests
 
-# Of `mdn.json`: a reader of another one says so.
-FORMAT = 2
 # The inputs that the signatures add to the features.
 RESERVED = ("y", "p", "level", "n", "seed")
 
@@ -67,7 +66,8 @@ def export_saved_model(
     string ("" where missing) or a number (NaN where missing). A density for each step has batch
     [B, T] in place of [B]. `mdn.json`, beside `saved_model.pb`, states every name, dtype, shape
     and unit, and the column of each input: `input_names` says where the two differ. It also holds
-    the versions, the configs, and why a signature is left out.
+    the versions, the configs, why a signature is left out, what the train rows said of each input
+    (its categories, or mean and scale), and the SHA-256 of each file.
 
     Args:
         model: an adapted model; dropout is off in what is written.
@@ -94,7 +94,7 @@ def export_saved_model(
     traced, left_out = signatures(model, features)
     description = {
         "features": [
-            {"input": spec.name, "column": column, **_state(spec)}
+            {"input": spec.name, "column": column, **_state(spec), **_known(model, column)}
             for column, spec in columns.items()
         ],
         "feature_names": list(model.column_names.features),
@@ -149,8 +149,9 @@ def write_saved_model(
             options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
             tf.saved_model.save(_resources(parts), str(partial), signatures, options)
             _drop_gradients(partial)
+        description = {**description, "files": file_digests(partial)}
         text = json.dumps(_describe(description, signatures), indent=2)
-        (partial / "mdn.json").write_text(text + "\n", "utf-8")
+        (partial / DESCRIPTION).write_text(text + "\n", "utf-8")
         _move(partial, home, overwrite)
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f"cannot write {path}: {_reason(error)}") from error
@@ -217,6 +218,24 @@ def _feature_specs(model: MDN) -> tf.TensorSpec | dict[str, tf.TensorSpec]:
             for column, spec in model.encoder.signature().items()
         }
     return tf.TensorSpec([None] * (rank - 1) + [model.encoder.features], tf.float32, "x")
+
+
+def _known(model: MDN, column: str | None) -> dict[str, Any]:
+    """Return what the train rows said of an input, for who has to choose values for it.
+
+    That is its categories, most frequent first; or its mean and standard deviation, of a matrix
+    one of each feature.
+    """
+    encoder = model.encoder
+    if isinstance(encoder, Columns):
+        (known,) = (c for c in encoder.columns if c.name == column)
+        if known.vocabulary is not None:
+            return {"vocabulary": known.vocabulary}
+        return {"mean": known.mean, "scale": known.scale}
+    return {
+        "mean": encoder.mean.numpy().tolist(),
+        "scale": (1.0 / encoder.inverse_scale.numpy()).tolist(),
+    }
 
 
 def _resources(parts: Iterable[Any]) -> tf.Module:
