@@ -89,6 +89,11 @@ def test_every_command_has_help_with_an_example(name):
         (["plot", "."], "it has no .hydra/config.yaml"),
         (["runs", "none"], "none is no folder"),
         (["train", "kk=3"], "kk=3: kk is no option"),
+        (["serve", "none"], "none is no folder: give a run, or what mdn export wrote"),
+        (["serve", "."], "is neither a run nor a SavedModel"),
+        (["serve", ".", "--name", "a/b"], "name 'a/b': use letters and digits"),
+        (["serve", ".", "--port", "70000"], "70000 is not in the range"),
+        (["serve", ".", "--max-rows", "0"], "0 is not in the range x>=1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -116,7 +121,9 @@ def test_wrong_words_are_one_line_without_tensorflow(
     assert message in err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["predict", "--help"], ["runs", "."]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["predict", "--help"], ["serve", "--help"], ["runs", "."]]
+)
 def test_light_commands_import_no_tensorflow(words, tmp_path):
     code = f"{MAIN.removesuffix('; main()')}\ntry:\n    main()\nfinally:\n    " + (
         "print('tensorflow' in sys.modules, 'hydra' in sys.modules)"
@@ -262,7 +269,9 @@ def test_wheel_in_an_empty_environment_trains_and_predicts(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("mdn-*.whl")
-    assert "mdn/configs/config.yaml" in zipfile.ZipFile(wheel).namelist()
+    assert {"mdn/configs/config.yaml", "mdn/serving/page.html"} <= set(
+        zipfile.ZipFile(wheel).namelist()
+    )
     # Of this environment all but mdn itself, so that nothing has to be downloaded.
     home = tmp_path / "home"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
