@@ -107,17 +107,25 @@ def export_saved_model(
     return write_saved_model(path, overwrite, model.parts, traced, description)
 
 
-def check_path(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Check, before any work, that a SavedModel can go to `path`.
+def check_path(
+    path: str | os.PathLike[str], overwrite: bool, mark: str = "saved_model.pb"
+) -> None:
+    """Check, before any work, that an artefact can go to `path`.
+
+    Args:
+        path: a directory, or nothing yet.
+        overwrite: replace an artefact of the same kind.
+        mark: the file that all artefacts of this kind have.
 
     Raises:
-        RunError: something else is there, or a SavedModel that is not to be replaced.
+        RunError: something else is there, or an artefact that is not to be replaced.
     """
     path = Path(path)
     if path.exists() and not overwrite:
         raise RunError(f"{path} exists: remove it, or export with overwrite=True")
-    if path.exists() and not (path / "saved_model.pb").is_file():
-        raise RunError(f"{path} is not a SavedModel, so it stays: give another path")
+    if path.exists() and not (path / mark).is_file():
+        kind = "a SavedModel" if mark == "saved_model.pb" else f"an artefact with {mark}"
+        raise RunError(f"{path} is not {kind}, so it stays: give another path")
 
 
 def write_saved_model(
@@ -139,24 +147,45 @@ def write_saved_model(
     Raises:
         RunError: nothing can be written there; what was there before is then untouched.
     """
-    path = Path(path)
-    home = path.resolve()
+    with new_folder(path, overwrite) as folder:
+        with _quiet():
+            options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+            tf.saved_model.save(_resources(parts), str(folder), signatures, options)
+            _drop_gradients(folder)
+        write_description(folder, description, signatures)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+    """Yield a folder under a temporary name, which becomes `path` once the block is done.
+
+    Args:
+        path: where `check_path` passes.
+        overwrite: replace what is at `path`.
+
+    Raises:
+        RunError: nothing can be written there; what was there before is then untouched.
+    """
+    home = Path(path).resolve()
     partial = home.with_name(f".{home.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        with _quiet():
-            options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-            tf.saved_model.save(_resources(parts), str(partial), signatures, options)
-            _drop_gradients(partial)
-        text = json.dumps(_describe(description, signatures), indent=2)
-        (partial / "mdn.json").write_text(text + "\n", "utf-8")
+        yield partial
         _move(partial, home, overwrite)
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f"cannot write {path}: {_reason(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return path
+
+
+def write_description(
+    folder: Path, description: dict[str, Any], signatures: dict[str, Any]
+) -> None:
+    """Write `mdn.json`: the versions, the description, and the signatures' inputs and outputs."""
+    text = json.dumps(_describe(description, signatures), indent=2)
+    (folder / "mdn.json").write_text(text + "\n", "utf-8")
 
 
 def as_plain(config: Mapping[str, Any] | None) -> Any:
