@@ -25,7 +25,9 @@ class LiteRT(Format):
     def convert(self, function: Any) -> bytes:
         graph = freeze(function, SUBSTITUTES)
         wrapped = tf.compat.v1.wrap_function(lambda: tf.import_graph_def(graph, name=""), [])
-        inputs = [f"{spec.name}:0" for spec in tf.nest.flatten(function.structured_input_signature)]
+        inputs = [
+            f"{spec.name}:0" for spec in tf.nest.flatten(function.structured_input_signature)
+        ]
         pruned = wrapped.prune(inputs, output_names(function))
         module = tf.Module()
         module.function = pruned  # the converter wants an owner
@@ -45,8 +47,8 @@ class LiteRT(Format):
 def export_litert(model: MDN, path: str | os.PathLike[str], **options: Any) -> Path:
     """Write a folder of LiteRT files of a model, and return its path.
 
-    The folder has `params.tflite` and `log_prob.tflite`, and `mdn.json`, which states every name, dtype,
-    shape and unit. Both take any number of rows, float32, in the units of the data:
+    The folder has `params.tflite`, `log_prob.tflite` and `mdn.json`, which states every name,
+    dtype, shape and unit. Both take any number of rows, float32, in the units of the data:
 
     - `params`: `x` [B, F], the features in their order (NaN where missing), to `logits` [B, K],
       `loc` [B, K, D] and the scale, in the form that the head states it in: `scale_tril`

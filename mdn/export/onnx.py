@@ -43,9 +43,7 @@ class ONNX(Format):
     def load(self, path: str | os.PathLike[str]) -> Answers:
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(
-            os.fspath(path), providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
 
         def answer(arrays: Any) -> dict[str, np.ndarray]:
@@ -57,7 +55,7 @@ class ONNX(Format):
 def export_onnx(model: MDN, path: str | os.PathLike[str], **options: Any) -> Path:
     """Write a folder of ONNX files of a model, and return its path.
 
-    The folder has `params.onnx` and `log_prob.onnx`, and `mdn.json`, which states every name, dtype,
+    The folder has `params.onnx`, `log_prob.onnx`, and `mdn.json`, which states every name, dtype,
     shape and unit. Both take any number of rows, float32, in the units of the data:
 
     - `params`: `x` [B, F], the features in their order (NaN where missing), to `logits` [B, K],
