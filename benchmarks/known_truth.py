@@ -288,6 +288,7 @@ def run(options: argparse.Namespace, results: Results, console: Console) -> None
     todo = [(t, n) for n in options.n for t in options.tasks if n not in results.cells.get(t, {})]
     if not todo:
         return
+    results.write()  # what cannot be written is told before anything is trained
     import_tensorflow()
     from mdn.training import InterruptedRunError
 

@@ -238,9 +238,9 @@ class IntervalNLL:
     y - step / 2 to y + step / 2 is what a density can be asked for. It is the log score of the
     discrete distribution of the cells, which is strictly proper, and stays finite where a density
     is narrower than a cell. Of several targets the cells are boxes, whose probability has a closed
-    form under diagonal covariances; of two targets with full covariances it is a quadrature, to
-    1e-9 nats in float64 and to rounding in float32. A cell of transformed targets ends where their
-    domain does.
+    form under diagonal covariances; of two targets with full covariances it is a quadrature, whose
+    error is stated in `mdn.density.rectangle.log_rectangle`. A cell of transformed targets ends
+    where their domain does.
 
     Args:
         step: of the grid, for all targets or one for each, in their units.

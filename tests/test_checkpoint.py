@@ -107,12 +107,9 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(uninterrupted, damage, t
             damage, bytes(content)
         )
     )
-    if damage == "flip":  # the whole way, which is the same from here for any damage
-        resumed, checkpoint = resume(tmp_path)
-        assert checkpoint.progress.epoch == EPOCHS
-        assert_same_weights(model, resumed)
-    else:
-        assert Checkpoint(tmp_path).restore(make()) == EPOCHS - 1
+    resumed, checkpoint = resume(tmp_path)
+    assert checkpoint.progress.epoch == EPOCHS
+    assert_same_weights(model, resumed)
     assert "epoch-00006.npz is damaged" in caplog.text
 
 

@@ -225,6 +225,20 @@ def test_gradient_is_that_of_finite_differences(missing, jit_compile):
         assert np.isfinite(gradients[i]).all()
 
 
+def test_gradient_of_a_component_without_weight_is_nothing_however_far_it_is():
+    y = tf.constant([1e8, 2e8])
+    scale_tril = tf.constant([[1e6, 1e-10]])[..., tf.newaxis, tf.newaxis] * tf.eye(2)
+    logits, loc = tf.constant([[0.0, -1e9]]), tf.zeros([1, 2, 2])
+    with tf.GradientTape() as tape:
+        tape.watch([loc, scale_tril])
+        value = mdn.GaussianMixture(logits, loc, scale_tril).log_prob(y)
+    by_loc, by_scale = tape.gradient(value, [loc, scale_tril])
+    z = np.array([100.0, 200.0])
+    np.testing.assert_allclose(by_loc[0], [z / 1e6, [0.0, 0.0]], rtol=1e-5)
+    expected = (np.tril(np.outer(z, z)) - np.eye(2)) / 1e6  # of the one that is there
+    np.testing.assert_allclose(by_scale[0], [expected, np.zeros([2, 2])], rtol=1e-5)
+
+
 def test_identical_components_equal_one_and_k_of_one_ignores_its_logit():
     loc, scale = np.zeros([5, 4, 2]), np.tile(np.eye(2), [5, 4, 1, 1])
     y = np.random.default_rng(3).normal(size=[5, 2])

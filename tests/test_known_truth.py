@@ -115,6 +115,14 @@ def test_file_of_another_kind_is_refused(fake, tmp_path, capsys):
     assert len(fake) == 1
 
 
+def test_file_that_cannot_be_written_is_told_first(fake, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "found.json"
+    assert known_truth.main(["--n", "100", "--json", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot write {path}: ")
+    assert not fake
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

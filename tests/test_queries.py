@@ -334,6 +334,23 @@ def test_entropy_of_a_normal_is_exact(densities):
         np.testing.assert_allclose(found.standard_error, np.zeros([4]), atol=1e-15)
 
 
+@pytest.mark.parametrize("logits", [[0.0], [0.0, -1e9]])
+def test_entropy_of_one_component_has_the_gradient_of_its_closed_form(logits):
+    logits = tf.constant(logits)
+    scale_tril = tf.constant([[[2.0, 0.0], [1.0, 3.0]]] * len(logits))
+    with tf.GradientTape() as tape:
+        tape.watch([logits, scale_tril])
+        density = mdn.GaussianMixture(logits, tf.zeros([len(logits), 2]), scale_tril)
+        found = density.entropy_estimate(10)
+        total = found.estimate + found.standard_error
+    by_logits, by_scale = tape.gradient(total, [logits, scale_tril])
+    np.testing.assert_allclose(by_logits, 0.0, atol=1e-6)
+    # Of sum log L_ii.
+    np.testing.assert_allclose(by_scale[0], [[0.5, 0.0], [0.0, 1.0 / 3.0]], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(by_scale[1:], 0.0, atol=1e-6)
+    assert found.standard_error == 0.0
+
+
 def test_entropy_of_components_far_apart_has_bounds_that_meet():
     rng = np.random.default_rng(10)
     density = random_mixture(rng, [], 3, 2)

@@ -21,12 +21,18 @@ from mdn import MDNRegressor
 # One worker for all: the models of one shape share a compiled loop.
 pytestmark = pytest.mark.xdist_group("regressor")
 
-TINY = {"components": 2, "widths": (8,), "steps": 20, "random_state": 0}
+# Without held-out rows there is one program to compile for each shape, and not two.
+TINY = {
+    "components": 2,
+    "widths": (8,),
+    "steps": 20,
+    "random_state": 0,
+    "validation_fraction": 0.0,
+}
 WHOLE = {"components": 2, "widths": (16,), "steps": 400, "batch_size": 64}
 
 
-# Without held-out rows there is one program to compile for each shape, and not two.
-@parametrize_with_checks([MDNRegressor(**TINY, validation_fraction=0.0)])
+@parametrize_with_checks([MDNRegressor(**TINY)])
 def test_scikit_learn_finds_an_estimator(estimator, check, monkeypatch):
     monkeypatch.setenv("SCIPY_ARRAY_API", "1")  # without which one check is skipped
     check(estimator)
@@ -231,8 +237,8 @@ def test_number_of_components_by_held_out_rows(members):
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, size=(1500, 1))
     y = rng.choice([-1.0, 1.0], size=1500) + 0.1 * rng.normal(size=1500)
-    options = TINY | {"components": "auto", "steps": 300, "members": members}
-    model = MDNRegressor(**options, validation_fraction=0.2).fit(x, y)
+    options = {"components": "auto", "steps": 300, "members": members, "validation_fraction": 0.2}
+    model = MDNRegressor(**TINY | options).fit(x, y)
     assert model.components_ == model.selection_.k == 2
     assert len(model.selection_.weight) == 300 * members
     assert model.selection_.model is model.model_

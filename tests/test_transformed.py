@@ -249,7 +249,7 @@ def test_what_only_a_mixture_answers_is_refused():
 
 @pytest.mark.parametrize("transform", ["log", ["log", {"name": "logit", "low": -9, "high": 9}]])
 def test_margins_are_those_of_the_density(transform):
-    from mdn.evaluation import Margins
+    from mdn.margins import Margins
 
     rng = np.random.default_rng(5)
     head = mdn.heads.Mixture(2, 2, target_transform=transform)

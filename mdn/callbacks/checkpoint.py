@@ -196,6 +196,11 @@ class Checkpoint(tf_keras.callbacks.Callback):
         model.set_weights(weights)
         for variable, value in zip(model.optimizer.variables, variables, strict=True):
             variable.assign(value)
+        # Which is no variable of the optimizer, and which a plateau may have lowered.
+        rates = progress.history.get("learning_rate", [])
+        schedule = tf_keras.optimizers.schedules.LearningRateSchedule
+        if rates and not isinstance(model.optimizer._learning_rate, schedule):
+            model.optimizer.learning_rate = rates[-1]
         self.progress = progress
         self._best_weights = best or None
 

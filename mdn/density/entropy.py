@@ -59,7 +59,9 @@ def estimate(
     between = own - tf.experimental.numpy.moveaxis(tf.reduce_logsumexp(joint, axis=-2), -1, 0)
     between = tf.where(weight > 0.0, between, tf.zeros_like(between))
     mean, variance = tf.nn.moments(between, axes=[0])  # [.., K]
-    error = tf.sqrt(tf.reduce_sum(tf.square(weight) * variance, axis=-1) / float(n - 1))
+    squared = tf.reduce_sum(tf.square(weight) * variance, axis=-1) / float(n - 1)
+    some = squared > 0.0  # a root has no slope at zero
+    error = tf.where(some, tf.sqrt(tf.where(some, squared, tf.ones_like(squared))), squared)
     return _with_labels(log_weight, scale_tril) + tf.reduce_sum(weight * mean, axis=-1), error
 
 

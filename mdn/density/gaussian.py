@@ -141,10 +141,12 @@ def _full_log_prob(residual: tf.Tensor, scale_tril: tf.Tensor) -> tuple[tf.Tenso
 def _full_gradient(z: tf.Tensor, scale_tril: tf.Tensor, upstream: tf.Tensor) -> list[tf.Tensor]:
     """Return the gradients by r and L: -w, and tril(w z^T) - diag(1 / L_ii), with w = L^-T z."""
     w = tf.linalg.triangular_solve(scale_tril, z[..., tf.newaxis], adjoint=True)[..., 0]
-    by_scale = tf.linalg.band_part(w[..., tf.newaxis] * z[..., tf.newaxis, :], -1, 0)
-    by_scale -= tf.linalg.diag(1.0 / tf.linalg.diag_part(scale_tril))
+    # Weighed first: beside the product of two lengths a weight of nothing comes too late.
     upstream = upstream[..., tf.newaxis]
-    return [-upstream * w, upstream[..., tf.newaxis] * by_scale]
+    weighted = upstream * w
+    by_scale = tf.linalg.band_part(weighted[..., tf.newaxis] * z[..., tf.newaxis, :], -1, 0)
+    by_scale -= tf.linalg.diag(upstream / tf.linalg.diag_part(scale_tril))
+    return [-weighted, by_scale]
 
 
 def _marginal_log_prob(
