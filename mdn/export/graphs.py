@@ -1,7 +1,7 @@
 """The parameters and the log density of a model as graphs of plain operations.
 
 Converters know no matrix decompositions, triangular solves or hash tables. Here the forward
-substitution is unrolled, triangles are filled through constant masks, and what a runtime computes
+substitution is unrolled, an ensemble is its members side by side, and what a runtime computes
 worse than TensorFlow does is spelled out.
 
 Shape letters: B batch, F features, D event size, K components, R rank, M ensemble members.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -20,61 +20,50 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 from mdn.density.gaussian import LOG_2_PI
 from mdn.ensembles import Ensemble
+from mdn.export.saved_model import feature_specs
 from mdn.features import Columns
 from mdn.model import MDN
-
-
-def feature_count(model: MDN) -> int:
-    """Return F, the columns of the matrix that the graphs take."""
-    encoder = model.encoder
-    return len(encoder.columns) if isinstance(encoder, Columns) else encoder.features
 
 
 def portable_functions(model: MDN) -> dict[str, Any]:
     """Return the graphs of a model that `check_portable` passes: name -> concrete function.
 
-    - `params`: `x` [B, F], raw features in their order, to `logits` [B, K], `loc` [B, K, D] and
-      the scale in the form that the head states it in: `scale_tril` [B, K, D, D], or `scale_diag`
-      [B, K, D], with `factor` [B, K, D, R] where there is one, or `precision_tril` [B, K, D, D].
-      K = 1 of a single normal.
-    - `log_prob`: `x` and `y` [B, D], nothing missing, to `log_prob` [B], nats.
+    - `params`: the features, raw, to `logits` [B, K], `loc` [B, K, D] and `scale_tril`
+      [B, K, D, D]. In place of the last, where only a matrix decomposition would give it, stands
+      what the head states: `scale_diag` [B, K, D] and `factor` [B, K, D, R], or `precision_tril`
+      [B, K, D, D]. K = 1 of a single normal.
+    - `log_prob`: the features and `y` [B, D], nothing missing, to `log_prob` [B], nats.
+
+    The features are `x` [B, F], or one [B] for each raw column.
     """
+    members: list[MDN] = [model]
+    if isinstance(model, Ensemble):
+        members = [model.member(m) for m in range(model.members)]
 
-    def tensors(x: tf.Tensor) -> dict[str, tf.Tensor]:
-        codes = _codes(model, x)
-        if not isinstance(model, Ensemble):
-            return _as_mixture(model(codes, training=False).tensors())
-        stacked = model.member_densities(codes, training=False).tensors()  # [M, B, ..] each
-        members = [
-            _as_mixture({name: tf.gather(t, m, axis=0) for name, t in stacked.items()})
-            for m in range(model.members)
-        ]
-        share = tf.constant(-math.log(model.members), tf.float32)
-        for member in members:
-            member["logits"] = tf.nn.log_softmax(member["logits"]) + share
-        return {name: tf.concat([one[name] for one in members], axis=1) for name in members[0]}
+    def tensors(x: Any) -> dict[str, tf.Tensor]:
+        features = model.features(_codes(model, x))
+        parts = [_stated(member, features) for member in members]
+        if isinstance(model, Ensemble):
+            for part in parts:
+                part["logits"] = tf.nn.log_softmax(part["logits"]) - math.log(len(parts))
+        return {name: tf.concat([part[name] for part in parts], axis=1) for name in parts[0]}
 
-    def log_prob(x: tf.Tensor, y: tf.Tensor) -> dict[str, tf.Tensor]:
+    def params(x: Any) -> dict[str, tf.Tensor]:
+        return _with_triangle(tensors(x))
+
+    def log_prob(x: Any, y: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"log_prob": mixture_log_prob(tensors(x), y)}
 
-    x = tf.TensorSpec([None, feature_count(model)], tf.float32, "x")
+    x = feature_specs(model)
     y = tf.TensorSpec([None, model.head.event_size], tf.float32, "y")
     return {
-        "params": tf.function(tensors, autograph=False).get_concrete_function(x),
+        "params": tf.function(params, autograph=False).get_concrete_function(x),
         "log_prob": tf.function(log_prob, autograph=False).get_concrete_function(x, y),
     }
 
 
-def _as_mixture(tensors: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Return the tensors of a density with the axis of K, which a single normal has not."""
-    if "logits" in tensors:
-        return tensors
-    parts = {name: tf.expand_dims(tensor, 1) for name, tensor in tensors.items()}
-    return {"logits": tf.zeros_like(parts["loc"][..., 0]), **parts}
-
-
-def _codes(model: MDN, x: tf.Tensor) -> tf.Tensor:
-    """Return what the encoder takes of a matrix of raw numbers; `Columns` scales in float64."""
+def _codes(model: MDN, x: Any) -> tf.Tensor:
+    """Return what the encoder takes of raw numbers: `Columns` scales them in float64."""
     if not isinstance(model.encoder, Columns):
         return x
     mean = np.array([column.mean for column in model.encoder.columns])
@@ -83,7 +72,26 @@ def _codes(model: MDN, x: tf.Tensor) -> tf.Tensor:
     # The mean in two parts, as one float32 would lose digits of it; and not in a form that an
     # optimiser of graphs would put together again.
     rest = ((mean - rounded) / scale).astype(np.float32)
-    return (x - rounded) * (1.0 / scale).astype(np.float32) - rest
+    matrix = tf.stack([x[name] for name in model.encoder.names], axis=-1)  # [B, F]
+    return (matrix - rounded) * (1.0 / scale).astype(np.float32) - rest
+
+
+def _stated(model: MDN, features: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Return the tensors of a density, with the axis of K that a single normal has not."""
+    tensors = model.head(model.backbone(features, training=False)).tensors()
+    if "logits" in tensors:
+        return tensors
+    parts = {name: tf.expand_dims(tensor, 1) for name, tensor in tensors.items()}
+    return {"logits": tf.zeros_like(parts["loc"][..., 0]), **parts}
+
+
+def _with_triangle(tensors: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Return the tensors with `scale_tril` in place of a diagonal that stands alone."""
+    if "scale_diag" not in tensors or "factor" in tensors:
+        return tensors
+    scale = tensors.pop("scale_diag")
+    eye = np.eye(scale.shape[-1], dtype=np.float32)
+    return {**tensors, "scale_tril": tf.expand_dims(scale, -1) * eye}
 
 
 # ---------------------------------------------------------------------- log density
@@ -93,7 +101,9 @@ def mixture_log_prob(tensors: Mapping[str, tf.Tensor], y: tf.Tensor) -> tf.Tenso
     """Return the log density of a mixture, [B] nats, by operations that every runtime has.
 
     Args:
-        tensors: as `params` of `portable_functions` returns them.
+        tensors: `logits` [B, K], `loc` [B, K, D] and a scale: `scale_tril` [B, K, D, D],
+            `scale_diag` [B, K, D], with `factor` [B, K, D, R] or without, or `precision_tril`
+            [B, K, D, D].
         y: [B, D], nothing missing.
     """
     residual = tf.expand_dims(y, 1) - tensors["loc"]  # [B, K, D]
@@ -159,33 +169,46 @@ def _outside(u: tf.Tensor, columns: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tens
 # ---------------------------------------------------------------------- graphs
 
 
-def softplus(x: tf.Tensor) -> tf.Tensor:
-    """Return log(1 + e^x) to the last digits: LiteRT overflows at 89, both round small values.
+class Frozen(NamedTuple):
+    """A graph whose variables are constants.
 
-    With s = e / (2 + e), log(1 + e) is 2 artanh(s), and e = e^-|x| at most one.
+    Attributes:
+        graph: its nodes.
+        inputs: the tensor of each input: name -> "node:0".
+        outputs: likewise.
     """
-    e = tf.exp(-tf.abs(x))
-    s = e / (2.0 + e)  # at most 1/3
-    series = tf.zeros_like(s)
-    for power in range(15, 0, -2):
-        series = series * tf.square(s) + 1.0 / power
-    return tf.maximum(x, 0.0) + 2.0 * s * series
+
+    graph: graph_pb2.GraphDef
+    inputs: dict[str, str]
+    outputs: dict[str, str]
 
 
-def freeze(function: Any, substitutes: Mapping[str, Callable]) -> graph_pb2.GraphDef:
-    """Return the graph of a concrete function with its variables as constants.
+def freeze(function: Any, substitutes: Mapping[str, Callable]) -> Frozen:
+    """Return the graph of a concrete function.
 
     Args:
-        function: the concrete function.
+        function: of tensors to a mapping of tensors.
         substitutes: operation of one input -> function of it that is traced in its place.
     """
+    frozen = convert_variables_to_constants_v2(function)
     graph = graph_pb2.GraphDef()
-    for node in convert_variables_to_constants_v2(function).graph.as_graph_def().node:
+    for node in frozen.graph.as_graph_def().node:
         if node.op in substitutes:
             graph.node.extend(_expand(node, substitutes[node.op]))
         else:
             graph.node.append(node)
-    return graph
+    given = tf.nest.flatten(function.structured_input_signature)
+    return Frozen(
+        graph,
+        {spec.name: tensor.name for spec, tensor in zip(given, frozen.inputs, strict=True)},
+        # Which are in the order of their names.
+        {
+            name: tensor.name
+            for name, tensor in zip(
+                sorted(function.structured_outputs), frozen.outputs, strict=True
+            )
+        },
+    )
 
 
 def _expand(node: Any, function: Callable) -> list[Any]:
@@ -201,11 +224,14 @@ def _expand(node: Any, function: Callable) -> list[Any]:
     return nodes
 
 
-def output_names(function: Any) -> dict[str, str]:
-    """Return the tensor of each output of a concrete function: name -> "node:0".
+def softplus(x: tf.Tensor) -> tf.Tensor:
+    """Return log(1 + e^x) to the last digits: LiteRT overflows at 89, and small values round.
 
-    Freezing keeps the order of the outputs, which is that of their names.
+    With s = e / (2 + e), log(1 + e) is 2 artanh(s), and e = e^-|x| at most one.
     """
-    frozen = convert_variables_to_constants_v2(function)
-    names = sorted(function.structured_outputs)
-    return dict(zip(names, (tensor.name for tensor in frozen.outputs), strict=True))
+    e = tf.exp(-tf.abs(x))
+    s = e / (2.0 + e)  # at most 1/3
+    series = tf.zeros_like(s)
+    for power in range(15, 0, -2):
+        series = series * tf.square(s) + 1.0 / power
+    return tf.maximum(x, 0.0) + 2.0 * s * series

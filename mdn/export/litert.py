@@ -1,15 +1,16 @@
-"""A model for LiteRT (TensorFlow Lite), e.g. on a phone or a microcontroller's host."""
+"""A model for LiteRT (TensorFlow Lite), e.g. on a phone or a small board."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from mdn.export.graphs import freeze, output_names, softplus
+from mdn.export.graphs import freeze, softplus
 from mdn.export.portable import Answers, Format, export_portable
 from mdn.model import MDN
 
@@ -23,42 +24,47 @@ class LiteRT(Format):
     name, suffix, runtime = "litert", ".tflite", "ai_edge_litert"
 
     def convert(self, function: Any) -> bytes:
-        graph = freeze(function, SUBSTITUTES)
+        graph, inputs, outputs = freeze(function, SUBSTITUTES)
         wrapped = tf.compat.v1.wrap_function(lambda: tf.import_graph_def(graph, name=""), [])
-        inputs = [
-            f"{spec.name}:0" for spec in tf.nest.flatten(function.structured_input_signature)
-        ]
-        pruned = wrapped.prune(inputs, output_names(function))
         module = tf.Module()
-        module.function = pruned  # the converter wants an owner
-        return tf.lite.TFLiteConverter.from_concrete_functions([pruned], module).convert()
+        module.function = wrapped.prune(list(inputs.values()), outputs)
+        # The converter wants an owner of the function.
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([module.function], module)
+        return converter.convert()
 
     def load(self, path: str | os.PathLike[str]) -> Answers:
         from ai_edge_litert.interpreter import Interpreter
 
         runner = Interpreter(model_path=os.fspath(path)).get_signature_runner()
 
-        def answer(arrays: Any) -> dict[str, np.ndarray]:
+        def answer(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             return runner(**arrays)
 
         return answer
 
 
-def export_litert(model: MDN, path: str | os.PathLike[str], **options: Any) -> Path:
+def export_litert(
+    model: MDN,
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    targets: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a folder of LiteRT files of a model, and return its path.
 
     The folder has `params.tflite`, `log_prob.tflite` and `mdn.json`, which states every name,
     dtype, shape and unit. Both take any number of rows, float32, in the units of the data:
 
-    - `params`: `x` [B, F], the features in their order (NaN where missing), to `logits` [B, K],
-      `loc` [B, K, D] and the scale, in the form that the head states it in: `scale_tril`
-      [B, K, D, D], `scale_diag` [B, K, D] (and `factor` [B, K, D, R] of a low rank), or
-      `precision_tril` [B, K, D, D]. K = 1 of a single normal.
-    - `log_prob`: `x` and `y` [B, D] to `log_prob` [B], nats; NaN where an entry of y is NaN.
+    - `params`: the features (NaN where missing) to `logits` [B, K], `loc` [B, K, D] and
+      `scale_tril` [B, K, D, D]. K = 1 of a single normal. LiteRT has no decomposition of matrices:
+      a low-rank mixture has `scale_diag` [B, K, D] and `factor` [B, K, D, R] in place of the last,
+      and one of precisions `precision_tril` [B, K, D, D].
+    - `log_prob`: the features and `y` [B, D] to `log_prob` [B], nats; NaN where an entry of y is.
 
-    Features that are text or need float64, sequences, `target_transform` and models that do not
-    compute in float32 cannot be written.
+    The features are `x` [B, F], or one [B] for each raw column, named as in a SavedModel. What
+    LiteRT has no operations for cannot be written: features that are text or need float64,
+    sequences, `target_transform`, and models that do not compute in float32.
 
     The arguments and errors are those of `mdn.export.portable.export_portable`.
     """
-    return export_portable(LiteRT(), model, path, **options)
+    return export_portable(LiteRT(), model, path, overwrite, targets, config)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from mdn.export.graphs import freeze, output_names, softplus
+from mdn.export.graphs import freeze, softplus
 from mdn.export.portable import Answers, Format, export_portable
 from mdn.model import MDN
 
 OPSET = 18
 SUBSTITUTES = {
-    "Softplus": softplus,
-    "Erfc": lambda x: 1.0 - tf.math.erf(x),  # of GELU, which ONNX has no operation for
+    "Softplus": softplus,  # whose small values round
+    # For these the converter knows no operations of ONNX.
+    "Erfc": lambda x: 1.0 - tf.math.erf(x),  # of GELU
+    "Log1p": lambda x: tf.math.log(1.0 + x),
 }
 
 
@@ -28,15 +31,13 @@ class ONNX(Format):
     def convert(self, function: Any) -> bytes:
         import tf2onnx
 
-        inputs = [spec.name for spec in tf.nest.flatten(function.structured_input_signature)]
-        outputs = output_names(function)
-        renamed = {f"{name}:0": name for name in inputs} | {t: name for name, t in outputs.items()}
+        graph, inputs, outputs = freeze(function, SUBSTITUTES)
         model, _ = tf2onnx.convert.from_graph_def(
-            freeze(function, SUBSTITUTES),
-            input_names=[f"{name}:0" for name in inputs],
+            graph,
+            input_names=list(inputs.values()),
             output_names=list(outputs.values()),
             opset=OPSET,
-            tensors_to_rename=renamed,
+            tensors_to_rename={tensor: name for name, tensor in (inputs | outputs).items()},
         )
         return model.SerializeToString()
 
@@ -46,27 +47,34 @@ class ONNX(Format):
         session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
 
-        def answer(arrays: Any) -> dict[str, np.ndarray]:
+        def answer(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             return dict(zip(names, session.run(names, dict(arrays)), strict=True))
 
         return answer
 
 
-def export_onnx(model: MDN, path: str | os.PathLike[str], **options: Any) -> Path:
+def export_onnx(
+    model: MDN,
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    targets: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a folder of ONNX files of a model, and return its path.
 
     The folder has `params.onnx`, `log_prob.onnx`, and `mdn.json`, which states every name, dtype,
     shape and unit. Both take any number of rows, float32, in the units of the data:
 
-    - `params`: `x` [B, F], the features in their order (NaN where missing), to `logits` [B, K],
-      `loc` [B, K, D] and the scale, in the form that the head states it in: `scale_tril`
-      [B, K, D, D], `scale_diag` [B, K, D] (and `factor` [B, K, D, R] of a low rank), or
-      `precision_tril` [B, K, D, D]. K = 1 of a single normal.
-    - `log_prob`: `x` and `y` [B, D] to `log_prob` [B], nats; NaN where an entry of y is NaN.
+    - `params`: the features (NaN where missing) to `logits` [B, K], `loc` [B, K, D] and
+      `scale_tril` [B, K, D, D]. K = 1 of a single normal. ONNX has no decomposition of matrices: a
+      low-rank mixture has `scale_diag` [B, K, D] and `factor` [B, K, D, R] in place of the last,
+      and one of precisions `precision_tril` [B, K, D, D].
+    - `log_prob`: the features and `y` [B, D] to `log_prob` [B], nats; NaN where an entry of y is.
 
-    Features that are text or need float64, sequences, `target_transform` and models that do not
-    compute in float32 cannot be written.
+    The features are `x` [B, F], or one [B] for each raw column, named as in a SavedModel. What
+    ONNX has no operations for, or its runtime not in float32, cannot be written: features that are
+    text or need float64, sequences, `target_transform`, and models that do not compute in float32.
 
     The arguments and errors are those of `mdn.export.portable.export_portable`.
     """
-    return export_portable(ONNX(), model, path, **options)
+    return export_portable(ONNX(), model, path, overwrite, targets, config)

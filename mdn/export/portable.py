@@ -3,13 +3,12 @@
 Each graph is a file of its own, so that a device need hold only what it asks. Before the folder
 takes its name, its files are loaded in their runtime and answer for rows as the model does.
 
-Shape letters: B batch, N rows, F features, D event size.
+Shape letters: N rows, F features, D event size.
 """
 
 from __future__ import annotations
 
 import abc
-import importlib
 import importlib.util
 import logging
 import os
@@ -21,8 +20,16 @@ import numpy as np
 import tensorflow as tf
 
 from mdn.errors import ConfigError, RunError
-from mdn.export.graphs import feature_count, portable_functions
-from mdn.export.saved_model import as_plain, check_path, new_folder, write_description
+from mdn.export.graphs import portable_functions
+from mdn.export.saved_model import (
+    as_plain,
+    check_path,
+    check_targets,
+    describe_features,
+    input_names,
+    new_folder,
+    write_description,
+)
 from mdn.features import Columns
 from mdn.model import MDN
 
@@ -85,21 +92,22 @@ def _why_not(model: Any) -> str | None:
         return "the model has no scaling yet: call model.adapt(x, y) on train rows first"
     if rank != 2:
         return "the features are sequences [B, T, F], and the converters take rows [B, F]"
-    if model.head.target_transform is not None:
-        return (
-            f"the converters have no operations for target_transform={model.head.target_transform}"
-        )
-    compute = model.backbone.compute_dtype or model.dtype
-    if (compute, model.head.dtype) != ("float32", "float32"):
-        return f"the model computes in {compute}, and the runtimes in float32"
+    if (transform := model.head.target_transform) is not None:
+        return f"the converters have no operations for target_transform={transform}"
+    for dtype in (model.backbone.compute_dtype or model.dtype, model.head.dtype):
+        if dtype != "float32":
+            return f"the model computes in {dtype}, and the runtimes in float32"
     if isinstance(model.encoder, Columns):
         for column in model.encoder.columns:
             if column.vocabulary is not None:
-                return f"the feature {column.name!r} is text, and the input is a matrix of numbers"
+                return (
+                    f"the feature {column.name!r} is text, and the converters have no tables to "
+                    "look categories up in"
+                )
             if column.dtype == "float64":
                 return (
                     f"the feature {column.name!r} needs float64 (its values differ by less than "
-                    "float32 rounds), and the input is float32"
+                    "float32 rounds), and the runtimes take float32"
                 )
     elif model.encoder.features == 0:
         return "the model has no features"
@@ -135,10 +143,7 @@ def export_portable(
     """
     check_path(path, overwrite, f"params{form.suffix}")
     check_portable(model, form.name)
-    if len(targets) not in (0, model.head.event_size):
-        raise ConfigError(
-            f"targets={list(targets)}: give {model.head.event_size} names, one for each target"
-        )
+    check_targets(model, targets)
     for module in form.converters:
         if importlib.util.find_spec(module) is None:
             raise ConfigError(
@@ -146,26 +151,27 @@ def export_portable(
                 f"pip install 'mdn[{form.name}]'"
             )
     functions = portable_functions(model)
+    files = {name: f"{name}{form.suffix}" for name in functions}
     description = {
-        "features": list(model.column_names.features),
+        "features": describe_features(model),
         "targets": list(targets or model.column_names.targets),
-        "files": {name: f"{name}{form.suffix}" for name in functions},
+        "files": files,
         "model": model.get_config(),
         "config": as_plain(config),
     }
     with new_folder(path, overwrite) as folder:
         for name, function in functions.items():
-            (folder / f"{name}{form.suffix}").write_bytes(_convert(form, name, function))
+            (folder / files[name]).write_bytes(_convert(form, name, function))
         write_description(folder, description, functions)
-        if importlib.util.find_spec(form.runtime) is None:
+        if importlib.util.find_spec(form.runtime) is not None:
+            _compare(form, model, {name: folder / file for name, file in files.items()})
+        else:
             log.warning(
                 "%s: not compared with the model, as its runtime is not installed: "
                 "pip install 'mdn[%s]'",
                 path,
                 form.name,
             )
-        else:
-            _compare(form, model, folder)
     return Path(path)
 
 
@@ -173,86 +179,92 @@ def _convert(form: Format, name: str, function: Any) -> bytes:
     try:
         return form.convert(function)
     except Exception as error:  # a converter raises whatever it likes
-        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"format={form.name}: the converter cannot write {name} ({reason[:200]}); "
+            f"format={form.name}: the converter cannot write {name} ({_line(error)}); "
             "export format=saved_model"
         ) from error
+
+
+def _line(error: Exception) -> str:
+    """Return what a foreign error says, as a part of a line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # ---------------------------------------------------------------------- comparison
 
 
-def _compare(form: Format, model: MDN, folder: Path) -> None:
+def _compare(form: Format, model: MDN, files: Mapping[str, Path]) -> None:
     """Raise a RunError where the files do not answer as the model does."""
     x, y = example_rows(model)
-    for name, expected, tolerance in _expected(model, x, y):
-        given = {"x": x} if name == "params" else {"x": x, "y": y}
+    inputs = as_inputs(model, x)
+    for name, expected in expected_answers(model, x, y).items():
         try:
-            answers = form.load(folder / f"{name}{form.suffix}")(given)
+            answer = form.load(files[name])
+            answers = answer(inputs | {"y": y} if name == "log_prob" else inputs)
         except Exception as error:  # of the runtime, whose errors have no type in common
-            reason = " ".join(str(error).split())
             raise RunError(
-                f"format={form.name}: its runtime cannot load {name} ({reason[:200]}); "
+                f"format={form.name}: its runtime cannot run {name} ({_line(error)}); "
                 "export format=saved_model"
             ) from error
-        for key, value in expected.items():
-            # A comparison with NaN is false.
-            if not (np.abs(answers[key] - value) <= tolerance[key]).all():
-                worst = np.max(np.abs(answers[key] - value))
+        for key, (value, tolerance) in expected.items():
+            off = np.abs(answers[key] - value)
+            if not (off <= tolerance).all():  # nor is NaN
                 raise RunError(
-                    f"format={form.name}: {key} of {name} differs from the model by {worst:.2g}: "
-                    "it is not written; export format=saved_model"
+                    f"format={form.name}: {key} of {name} differs from the model by "
+                    f"{np.max(off):.2g}, and nothing is written; export format=saved_model"
                 )
 
 
-def example_rows(model: MDN, rows: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows as the model has seen in training: x [N, F], and y [N, D] from the density."""
+def example_rows(model: MDN, rows: int = ROWS) -> tuple[Any, np.ndarray]:
+    """Return rows like those of the training: x as the model takes it, and y [N, D]."""
     rng = np.random.default_rng(0)
-    z = rng.normal(size=[rows, feature_count(model)])
     encoder = model.encoder
     if isinstance(encoder, Columns):
-        mean = np.array([column.mean for column in encoder.columns])
-        scale = np.array([column.scale for column in encoder.columns])
+        mean, scale = np.array([[column.mean, column.scale] for column in encoder.columns]).T
         missing = True
     else:
         mean, scale = encoder.mean.numpy(), 1.0 / encoder.inverse_scale.numpy()
         missing = encoder.missing == "indicator"
-    x = (mean + scale * z).astype(np.float32)
+    x: Any = (mean + scale * rng.normal(size=[rows, len(mean)])).astype(np.float32)  # [N, F]
     if missing:
         x[rng.random(x.shape) < ABSENT] = np.nan
-    density = model(as_features(model, x), training=False)
+    if isinstance(encoder, Columns):
+        x = dict(zip(encoder.names, x.T, strict=True))
+    density = model(_as_tensors(x), training=False)
     noise = rng.normal(size=[rows, model.head.event_size])
     y = density.mean().numpy() + density.stddev().numpy() * noise
     return x, y.astype(np.float32)
 
 
-def as_features(model: MDN, x: np.ndarray) -> Any:
-    """Return a matrix [B, F] as what the model takes: a mapping, where it was given columns."""
-    x = tf.constant(x)
-    if not isinstance(model.encoder, Columns):
-        return x
-    return dict(zip(model.encoder.names, tf.unstack(x, axis=-1), strict=True))
+def as_inputs(model: MDN, x: Any) -> dict[str, np.ndarray]:
+    """Return features as the files take them: by the name of the input."""
+    if not isinstance(x, dict):
+        return {"x": x}
+    names = input_names(model.encoder.names)
+    return {names[column]: values for column, values in x.items()}
 
 
-def _expected(
-    model: MDN, x: np.ndarray, y: np.ndarray
-) -> list[tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]]]:
-    """Return, for each file, its name, the model's answers, and how far off they may be."""
-    density = model(as_features(model, x), training=False).as_mixture()
-    params = {name: tensor.numpy() for name, tensor in density.tensors().items()}
+def expected_answers(
+    model: MDN, x: Any, y: np.ndarray
+) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Return the model's answers, and how far off a file's may be: by file, then by output."""
+    density = model(_as_tensors(x), training=False).as_mixture()
+    params = density.tensors()
+    if "scale_diag" in params and "factor" not in params:
+        params = density.mixture_parameters()._asdict()
     log_prob = density.log_prob(y).numpy()
     # What the last digit of y is worth: more than the tolerance, where y is far from zero.
     last = np.abs(density.log_prob(np.nextafter(y, np.float32(np.inf))).numpy() - log_prob)
-    return [
-        (
-            "params",
-            params,
-            {k: TOLERANCE * (np.abs(v) + np.abs(v).mean(axis=(0, 1))) for k, v in params.items()},
-        ),
-        (
-            "log_prob",
-            {"log_prob": log_prob},
-            {"log_prob": TOLERANCE * (1.0 + np.abs(log_prob)) + 4.0 * last},
-        ),
-    ]
+    return {
+        "params": {
+            name: (value, TOLERANCE * (np.abs(value) + np.abs(value).mean(axis=(0, 1))))
+            for name, value in ((name, tensor.numpy()) for name, tensor in params.items())
+        },
+        "log_prob": {
+            "log_prob": (log_prob, TOLERANCE * (1.0 + np.abs(log_prob)) + 4.0 * last),
+        },
+    }
+
+
+def _as_tensors(x: Any) -> Any:
+    return tf.nest.map_structure(tf.constant, x)

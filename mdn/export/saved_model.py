@@ -85,18 +85,10 @@ def export_saved_model(
             there; what was there before is then untouched.
     """
     check_path(path, overwrite)
-    if len(targets) not in (0, model.head.event_size):
-        raise ConfigError(
-            f"targets={list(targets)}: give {model.head.event_size} names, one for each target"
-        )
-    features = _feature_specs(model)
-    columns = features if isinstance(features, dict) else {None: features}
-    traced, left_out = signatures(model, features)
+    check_targets(model, targets)
+    traced, left_out = signatures(model, feature_specs(model))
     description = {
-        "features": [
-            {"input": spec.name, "column": column, **_state(spec)}
-            for column, spec in columns.items()
-        ],
+        "features": describe_features(model),
         "feature_names": list(model.column_names.features),
         "targets": list(targets or model.column_names.targets),
         "target_transform": model.head.target_transform,
@@ -124,8 +116,16 @@ def check_path(
     if path.exists() and not overwrite:
         raise RunError(f"{path} exists: remove it, or export with overwrite=True")
     if path.exists() and not (path / mark).is_file():
-        kind = "a SavedModel" if mark == "saved_model.pb" else f"an artefact with {mark}"
+        kind = "a SavedModel" if mark == "saved_model.pb" else f"a folder with {mark}"
         raise RunError(f"{path} is not {kind}, so it stays: give another path")
+
+
+def check_targets(model: MDN, targets: Sequence[str]) -> None:
+    """Raise a ConfigError where names are given, but not one for each target."""
+    if len(targets) not in (0, model.head.event_size):
+        raise ConfigError(
+            f"targets={list(targets)}: give {model.head.event_size} names, one for each target"
+        )
 
 
 def write_saved_model(
@@ -234,7 +234,7 @@ def _identifier(column: str) -> str:
     return f"{name}_" if keyword.iskeyword(name) or name == "self" else name
 
 
-def _feature_specs(model: MDN) -> tf.TensorSpec | dict[str, tf.TensorSpec]:
+def feature_specs(model: MDN) -> tf.TensorSpec | dict[str, tf.TensorSpec]:
     """Return what the model takes, under the names of the signatures' inputs."""
     rank = model.get_build_config()["feature_rank"]
     if rank is None:
@@ -246,6 +246,15 @@ def _feature_specs(model: MDN) -> tf.TensorSpec | dict[str, tf.TensorSpec]:
             for column, spec in model.encoder.signature().items()
         }
     return tf.TensorSpec([None] * (rank - 1) + [model.encoder.features], tf.float32, "x")
+
+
+def describe_features(model: MDN) -> list[dict[str, Any]]:
+    """Return, for `mdn.json`, each input and the raw column that it takes, if there are any."""
+    features = feature_specs(model)
+    columns = features if isinstance(features, dict) else {None: features}
+    return [
+        {"input": spec.name, "column": column, **_state(spec)} for column, spec in columns.items()
+    ]
 
 
 def _resources(parts: Iterable[Any]) -> tf.Module:
