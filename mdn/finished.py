@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from mdn.callbacks.checkpoint import read_history
@@ -32,7 +32,7 @@ from mdn.prediction import (
     predict_file,
     schema_of,
 )
-from mdn.runs import check_run
+from mdn.runs import check_run, read_config
 from mdn.tasks import get_task
 
 FORMATS = ("saved_model", "litert", "onnx")
@@ -45,8 +45,8 @@ def load_run(run: str | os.PathLike[str]) -> tuple[Any, DictConfig]:
         RunError: there is no run, or it has no model.
     """
     folder = check_run(run)
+    config: Any = read_config(folder)
     try:
-        config: Any = OmegaConf.load(folder / ".hydra" / "config.yaml")
         if config.model._target_ == FITTED:
             raise RunError(
                 f"{run} is a fit without features (model=distribution): its saved_model/ answers, "
@@ -56,7 +56,7 @@ def load_run(run: str | os.PathLike[str]) -> tuple[Any, DictConfig]:
         for part in ("backbone", "embedding"):
             if config.get(part) is not None:
                 importlib.import_module(config[part]._target_.rpartition(".")[0])
-    except (OSError, OmegaConfBaseException, ImportError) as error:
+    except (AttributeError, TypeError, ValueError, OmegaConfBaseException, ImportError) as error:
         raise RunError(f"{run} cannot be read: {' '.join(str(error).split())}") from error
     return load(folder / "model.keras", compile=False), config
 

@@ -368,7 +368,7 @@ def attempt(kind: str, file: Path, read: Callable):
     except DataError:
         raise
     except Exception as error:  # pandas, pyarrow and the decompressors raise a dozen types
-        first = str(error).strip().partition("\n")[0]
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(f"{file} cannot be read as {kind}: {first}") from error
 
 
