@@ -47,17 +47,18 @@ def load_run(run: str | os.PathLike[str]) -> tuple[Any, DictConfig]:
     folder = check_run(run)
     config: Any = read_config(folder)
     try:
-        if config.model._target_ == FITTED:
-            raise RunError(
-                f"{run} is a fit without features (model=distribution): its saved_model/ answers, "
-                "and there is nothing to predict from"
-            )
+        fitted = config.model._target_ == FITTED
         # A registered class of the user's own can be loaded once its module is imported.
-        for part in ("backbone", "embedding"):
+        for part in () if fitted else ("backbone", "embedding"):
             if config.get(part) is not None:
                 importlib.import_module(config[part]._target_.rpartition(".")[0])
     except (AttributeError, TypeError, ValueError, OmegaConfBaseException, ImportError) as error:
         raise RunError(f"{run} cannot be read: {' '.join(str(error).split())}") from error
+    if fitted:
+        raise RunError(
+            f"{run} is a fit without features (model=distribution): its saved_model/ answers, "
+            "and there is nothing to predict from"
+        )
     return load(folder / "model.keras", compile=False), config
 
 

@@ -31,7 +31,7 @@ from mdn.data.rows import Data, Rows
 from mdn.data.splits import draw_folds
 from mdn.density.queries import Queries
 from mdn.ensembles import Ensemble
-from mdn.errors import ConfigError, DataError, RunError
+from mdn.errors import ConfigError, DataError, MDNError, RunError
 from mdn.model import MDN, _as_features, load
 from mdn.options import AUTO
 from mdn.selection import Selection, choose, held_out_nll
@@ -440,6 +440,8 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
             self = cls(**own["parameters"])
             self.n_features_in_, self._y_ndim = own["n_features_in_"], own["y_ndim"]
             self.history_, names = own["history_"], own["feature_names_in_"]
+        except MDNError:
+            raise
         except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise RunError(
                 f"{path} cannot be loaded ({error} in {_OPTIONS}): is it a file that mdn saved?"

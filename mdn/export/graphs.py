@@ -19,6 +19,7 @@ from tensorflow.core.framework import graph_pb2
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from mdn.density.gaussian import LOG_2_PI
+from mdn.density.transformed import to_base
 from mdn.ensembles import Ensemble
 from mdn.export.saved_model import feature_specs
 from mdn.features import Columns
@@ -34,7 +35,8 @@ def portable_functions(model: MDN) -> dict[str, Any]:
       [B, K, D, D]. K = 1 of a single normal.
     - `log_prob`: the features and `y` [B, D], nothing missing, to `log_prob` [B], nats.
 
-    The features are `x` [B, F], or one [B] for each raw column.
+    The features are `x` [B, F], or one [B] for each raw column. Where targets are transformed, the
+    parameters are in units of the transformed ones.
     """
     members: list[MDN] = [model]
     if isinstance(model, Ensemble):
@@ -52,7 +54,11 @@ def portable_functions(model: MDN) -> dict[str, Any]:
         return _with_triangle(tensors(x))
 
     def log_prob(x: Any, y: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"log_prob": mixture_log_prob(tensors(x), y)}
+        if (bijector := model.head.bijector) is None:
+            return {"log_prob": mixture_log_prob(tensors(x), y)}
+        u, log_slope, inside = to_base(bijector, y)
+        value = mixture_log_prob(tensors(x), u) + log_slope
+        return {"log_prob": tf.where(inside, value, -np.inf)}
 
     x = feature_specs(model)
     y = tf.TensorSpec([None, model.head.event_size], tf.float32, "y")
@@ -78,7 +84,7 @@ def _codes(model: MDN, x: Any) -> tf.Tensor:
 
 def _stated(model: MDN, features: tf.Tensor) -> dict[str, tf.Tensor]:
     """Return the tensors of a density, with the axis of K that a single normal has not."""
-    tensors = model.head(model.backbone(features, training=False)).tensors()
+    tensors = model.head(model.backbone(features, training=False)).tensors()  # before transforms
     if "logits" in tensors:
         return tensors
     parts = {name: tf.expand_dims(tensor, 1) for name, tensor in tensors.items()}

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from mdn.density.transformed import split_transform
 from mdn.errors import ConfigError, RunError
 from mdn.export.graphs import portable_functions
 from mdn.export.saved_model import (
@@ -92,8 +93,6 @@ def _why_not(model: Any) -> str | None:
         return "the model has no scaling yet: call model.adapt(x, y) on train rows first"
     if rank != 2:
         return "the features are sequences [B, T, F], and the converters take rows [B, F]"
-    if (transform := model.head.target_transform) is not None:
-        return f"the converters have no operations for target_transform={transform}"
     for dtype in (model.backbone.compute_dtype or model.dtype, model.head.dtype):
         if dtype != "float32":
             return f"the model computes in {dtype}, and the runtimes in float32"
@@ -155,7 +154,7 @@ def export_portable(
     description = {
         "features": describe_features(model),
         "targets": list(targets or model.column_names.targets),
-        "files": files,
+        "target_transform": model.head.target_transform,
         "model": model.get_config(),
         "config": as_plain(config),
     }
@@ -230,10 +229,7 @@ def example_rows(model: MDN, rows: int = ROWS) -> tuple[Any, np.ndarray]:
         x[rng.random(x.shape) < ABSENT] = np.nan
     if isinstance(encoder, Columns):
         x = dict(zip(encoder.names, x.T, strict=True))
-    density = model(_as_tensors(x), training=False)
-    noise = rng.normal(size=[rows, model.head.event_size])
-    y = density.mean().numpy() + density.stddev().numpy() * noise
-    return x, y.astype(np.float32)
+    return x, model(_as_tensors(x), training=False).sample(seed=(0, 1)).numpy()
 
 
 def as_inputs(model: MDN, x: Any) -> dict[str, np.ndarray]:
@@ -248,10 +244,11 @@ def expected_answers(
     model: MDN, x: Any, y: np.ndarray
 ) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Return the model's answers, and how far off a file's may be: by file, then by output."""
-    density = model(_as_tensors(x), training=False).as_mixture()
-    params = density.tensors()
+    density = model(_as_tensors(x), training=False)
+    mixture = split_transform(density)[0].as_mixture()
+    params = mixture.tensors()
     if "scale_diag" in params and "factor" not in params:
-        params = density.mixture_parameters()._asdict()
+        params = mixture.mixture_parameters()._asdict()
     log_prob = density.log_prob(y).numpy()
     # What the last digit of y is worth: more than the tolerance, where y is far from zero.
     last = np.abs(density.log_prob(np.nextafter(y, np.float32(np.inf))).numpy() - log_prob)
