@@ -197,8 +197,9 @@ def freeze(function: Any, substitutes: Mapping[str, Callable]) -> Frozen:
         substitutes: operation of one input -> function of it that is traced in its place.
     """
     frozen = convert_variables_to_constants_v2(function)
-    graph = graph_pb2.GraphDef()
-    for node in frozen.graph.as_graph_def().node:
+    whole = frozen.graph.as_graph_def()
+    graph = graph_pb2.GraphDef(versions=whole.versions, library=whole.library)
+    for node in whole.node:
         if node.op in substitutes:
             graph.node.extend(_expand(node, substitutes[node.op]))
         else:

@@ -20,6 +20,7 @@ SUBSTITUTES = {
     # For these the converter knows no operations of ONNX.
     "Erfc": lambda x: 1.0 - tf.math.erf(x),  # of GELU
     "Log1p": lambda x: tf.math.log(1.0 + x),
+    "Expm1": lambda x: tf.exp(x) - 1.0,
 }
 
 
