@@ -189,13 +189,15 @@ def test_log_prob_equals_scipy():
     factor = lower + rng.uniform(0.5, 2.0, [b, k, d, 1]) * np.eye(d)
     diagonal = rng.uniform(0.5, 2.0, [b, k, d])
     shared = rng.normal(size=[b, k, d, r])
+    squared = factor @ np.swapaxes(factor, -1, -2)
+    variances = diagonal[..., None] ** 2 * np.eye(d)
     forms = {
-        ("scale_tril",): ([factor], factor @ factor.mT),
-        ("scale_diag",): ([diagonal], diagonal[..., None] ** 2 * np.eye(d)),
-        ("precision_tril",): ([factor], np.linalg.inv(factor @ factor.mT)),
+        ("scale_tril",): ([factor], squared),
+        ("scale_diag",): ([diagonal], variances),
+        ("precision_tril",): ([factor], np.linalg.inv(squared)),
         ("scale_diag", "factor"): (
             [diagonal, shared],
-            diagonal[..., None] ** 2 * np.eye(d) + shared @ shared.mT,
+            variances + shared @ np.swapaxes(shared, -1, -2),
         ),
     }
     weights = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
