@@ -156,18 +156,14 @@ def rows_of(data) -> int:
     return len(data.train.y) + len(data.validation.y) + len(data.test.y)
 
 
-def stream(path: str) -> int:
-    data = Parquet(path, targets=["y"], missing="indicator", stream=True).load()
-    return rows_of(data)
-
-
+OPTIONS = {"targets": ["y"], "missing": "indicator"}
 LOADERS = {
-    "csv": (lambda path: rows_of(Csv(path, targets=["y"]).load()), read_blocks),
-    "csv.gz": (lambda path: rows_of(Csv(path, targets=["y"]).load()), read_blocks),
+    "csv": (lambda path: rows_of(Csv(path, **OPTIONS).load()), read_blocks),
+    "csv.gz": (lambda path: rows_of(Csv(path, **OPTIONS).load()), read_blocks),
     "parquet": (
-        lambda path: rows_of(Parquet(path, targets=["y"], missing="indicator").load()),
+        lambda path: rows_of(Parquet(path, **OPTIONS).load()),
+        lambda path: rows_of(Parquet(path, stream=True, **OPTIONS).load()),
         read_blocks,
-        stream,
     ),
 }
 
@@ -175,8 +171,7 @@ LOADERS = {
 @pytest.mark.parametrize("suffix", LOADERS)
 def test_a_damaged_table(suffix, tables, tmp_path):
     path = tmp_path / f"a.{suffix}"
-    whole = path
-    whole.write_bytes(tables[suffix])
+    path.write_bytes(tables[suffix])
     for read in LOADERS[suffix]:
         assert read(str(path)) > 0
     for damaged in damages(tables[suffix], 4 * ROUNDS):
