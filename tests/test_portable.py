@@ -284,7 +284,7 @@ def test_a_package_that_is_not_there(models, tmp_path, monkeypatch, caplog):
 WORDS = np.array(["a", "b"] * 32, object)
 REFUSED = {
     "'kind' is text": lambda: adapted(heads.Diag(1), x={"size": X[:, 0], "kind": WORDS})[0],
-    "'at' needs float64": lambda: adapted(heads.Diag(1), x={"at": 1.7e9 + 1.0 * X[:, 0]})[0],
+    "'at' needs float64": lambda: adapted(heads.Diag(1), x={"at": 1.7e9 + X[:, 0].astype(float)})[0],
     r"sequences \[B, T, F\]": lambda: adapted(heads.Diag(1), x=X[:, None])[0],
     "computes in float64": lambda: adapted(heads.Diag(1, dtype="float64"))[0],
     "has no scaling yet": lambda: MDN(heads.Diag(1)),

@@ -10,7 +10,7 @@ Shape letters: B batch, F features, D event size, K components, R rank, M ensemb
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,14 @@ from mdn.features import Columns
 from mdn.model import MDN
 
 
-def portable_functions(model: MDN) -> dict[str, Any]:
+def members_of(model: MDN) -> list[MDN]:
+    """Return the members of an ensemble as models of their own; else the model alone."""
+    if not isinstance(model, Ensemble):
+        return [model]
+    return [model.member(m) for m in range(model.members)]
+
+
+def portable_functions(model: MDN, members: Sequence[MDN]) -> dict[str, Any]:
     """Return the graphs of a model that `check_portable` passes: name -> concrete function.
 
     - `params`: the features, raw, to `logits` [B, K], `loc` [B, K, D] and `scale_tril`
@@ -37,10 +44,11 @@ def portable_functions(model: MDN) -> dict[str, Any]:
 
     The features are `x` [B, F], or one [B] for each raw column. Where targets are transformed, the
     parameters are in units of the transformed ones.
+
+    Args:
+        model: what is asked.
+        members: of `members_of`; as long as the functions live, as they hold no variables.
     """
-    members: list[MDN] = [model]
-    if isinstance(model, Ensemble):
-        members = [model.member(m) for m in range(model.members)]
 
     def tensors(x: Any) -> dict[str, tf.Tensor]:
         features = model.features(_codes(model, x))
@@ -55,10 +63,14 @@ def portable_functions(model: MDN) -> dict[str, Any]:
 
     def log_prob(x: Any, y: tf.Tensor) -> dict[str, tf.Tensor]:
         if (bijector := model.head.bijector) is None:
-            return {"log_prob": mixture_log_prob(tensors(x), y)}
-        u, log_slope, inside = to_base(bijector, y)
-        value = mixture_log_prob(tensors(x), u) + log_slope
-        return {"log_prob": tf.where(inside, value, -np.inf)}
+            value = mixture_log_prob(tensors(x), y)
+        else:
+            u, log_slope, inside = to_base(bijector, y)
+            value = mixture_log_prob(tensors(x), u) + log_slope
+            value = tf.where(inside, value, -np.inf)
+        # Runtimes differ in what the maximum of NaN is.
+        missing = tf.reduce_any(tf.math.is_nan(y), axis=-1)
+        return {"log_prob": tf.where(missing, np.nan, value)}
 
     x = feature_specs(model)
     y = tf.TensorSpec([None, model.head.event_size], tf.float32, "y")

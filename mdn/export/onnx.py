@@ -30,6 +30,7 @@ class ONNX(Format):
     name, suffix, runtime, converters = "onnx", ".onnx", "onnxruntime", ("tf2onnx", "onnx")
 
     def convert(self, function: Any) -> bytes:
+        import onnx
         import tf2onnx
 
         graph, inputs, outputs = freeze(function, SUBSTITUTES)
@@ -40,6 +41,7 @@ class ONNX(Format):
             opset=OPSET,
             tensors_to_rename={tensor: name for name, tensor in (inputs | outputs).items()},
         )
+        onnx.checker.check_model(model)  # an operation it does not know is left as it is
         return model.SerializeToString()
 
     def load(self, path: str | os.PathLike[str]) -> Answers:

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from mdn.density.transformed import split_transform
 from mdn.errors import ConfigError, RunError
-from mdn.export.graphs import portable_functions
+from mdn.export.graphs import members_of, portable_functions
 from mdn.export.saved_model import (
     as_plain,
     check_path,
@@ -149,7 +149,8 @@ def export_portable(
                 f"format={form.name} needs {module}, which is not installed: "
                 f"pip install 'mdn[{form.name}]'"
             )
-    functions = portable_functions(model)
+    members = members_of(model)
+    functions = portable_functions(model, members)
     files = {name: f"{name}{form.suffix}" for name in functions}
     description = {
         "features": describe_features(model),
