@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 
@@ -73,10 +74,14 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def models():
+@functools.lru_cache
+def make(case):
     tf_keras.utils.set_random_seed(0)
-    return {name: make() for name, make in CASES.items()}
+    return CASES[case]()
+
+
+# Each on one worker, which makes its model once.
+NAMES = [pytest.param(name, marks=pytest.mark.xdist_group(f"portable-{name}")) for name in CASES]
 
 
 def rows(x, n):
@@ -116,9 +121,9 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("form", EXPORTS)
-@pytest.mark.parametrize("case", CASES)
-def test_files_answer_as_the_model_does(case, form, models, tmp_path):
-    model, x = models[case]
+@pytest.mark.parametrize("case", NAMES)
+def test_files_answer_as_the_model_does(case, form, tmp_path):
+    model, x = make(case)
     export, suffix = EXPORTS[form]
     folder = export(model, tmp_path / "model")
     assert {file.name for file in folder.iterdir()} == {
@@ -127,7 +132,7 @@ def test_files_answer_as_the_model_does(case, form, models, tmp_path):
         f"log_prob{suffix}",
     }
     x = rows(x, 1000)
-    density = model.predict_distribution(x)
+    density = model(tf.nest.map_structure(tf.constant, x), training=False)
     y = density.sample(seed=(1, 2)).numpy()
     mixture = split_transform(density)[0].as_mixture()
     expected = mixture.tensors()
@@ -139,7 +144,7 @@ def test_files_answer_as_the_model_does(case, form, models, tmp_path):
     for name, value in expected.items():
         assert_close(params[name], np.asarray(value))
     log_prob = answer(form, folder / f"log_prob{suffix}", inputs | {"y": y})["log_prob"]
-    assert_close(log_prob, model.log_prob(x, y))
+    assert_close(log_prob, density.log_prob(y).numpy())
 
     first = {name: values[:1] for name, values in inputs.items()}
     for name, value in answer(form, folder / f"params{suffix}", first).items():
@@ -159,9 +164,9 @@ def test_files_answer_as_the_model_does(case, form, models, tmp_path):
         assert params["scale_tril"][0, 0, 1, 1] > 90.0 * Y[:, 1].std()
 
 
-def test_every_head_has_a_case(models):
+def test_every_head_has_a_case():
     every = {getattr(heads, name) for name in heads.__all__} - {heads.Head, heads.MixtureHead}
-    assert {type(model.head) for model, _ in models.values()} == every
+    assert {type(make(case)[0].head) for case in CASES} == every
 
 
 @pytest.mark.parametrize("form", EXPORTS)
@@ -242,8 +247,8 @@ class Here(Format):
         return answer
 
 
-def test_a_folder_is_replaced_only_when_told(models, tmp_path):
-    model, _ = models["precision"]
+def test_a_folder_is_replaced_only_when_told(tmp_path):
+    model, _ = make("precision")
     path = tmp_path / "model"
     assert export_portable(Here(), model, path, targets=["a", "b", "c"]) == path
     with pytest.raises(RunError, match=r"model exists: .* overwrite=True"):
@@ -261,19 +266,19 @@ def test_a_folder_is_replaced_only_when_told(models, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_an_answer_of_nan_is_none(models, tmp_path):
+def test_an_answer_of_nan_is_none(tmp_path):
     with pytest.raises(RunError, match="differs from the model"):
-        export_portable(Here(np.float32(np.nan)), models["precision"][0], tmp_path / "model")
+        export_portable(Here(np.float32(np.nan)), make("precision")[0], tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_package_that_is_not_there(models, tmp_path, monkeypatch, caplog):
+def test_a_package_that_is_not_there(tmp_path, monkeypatch, caplog):
     found = importlib.util.find_spec
     absent = ["onnx"]
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in absent else found(name)
     )
-    model, _ = models["precision"]
+    model, _ = make("precision")
     with pytest.raises(ConfigError, match=r"needs onnx, .* pip install 'mdn\[onnx\]'"):
         export_onnx(model, tmp_path / "model")
     absent[:] = ["json"]
@@ -299,6 +304,6 @@ def test_what_cannot_be_written_says_why(reason):
     assert "\n" not in str(caught.value)
 
 
-def test_there_is_a_name_for_each_target(models, tmp_path):
+def test_there_is_a_name_for_each_target(tmp_path):
     with pytest.raises(ConfigError, match=r"targets=\['a'\]: give 3 names"):
-        export_onnx(models["precision"][0], tmp_path / "model", targets=["a"])
+        export_onnx(make("precision")[0], tmp_path / "model", targets=["a"])

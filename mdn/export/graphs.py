@@ -212,6 +212,7 @@ def freeze(function: Any, substitutes: Mapping[str, Callable]) -> Frozen:
     whole = frozen.graph.as_graph_def()
     graph = graph_pb2.GraphDef(versions=whole.versions, library=whole.library)
     for node in whole.node:
+        node.attr.pop("_gradient_op_type", None)  # of a function that is in this process alone
         if node.op in substitutes:
             graph.node.extend(_expand(node, substitutes[node.op]))
         else:
