@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mdn.errors import ConfigError, RunError
 
-# What a run writes, and so all that `overwrite=true` may remove.
+# What a run writes; this, and what is exported of it later, is all that `overwrite=true` removes.
 CONTENTS = (
     ".hydra",
     "checkpoints",
@@ -33,6 +33,7 @@ CONTENTS = (
     "tensorboard",
     "train.log",
 )
+EXPORTED = ("litert", "onnx")
 
 # Keys that do not change what a run computes.
 _INCIDENTAL = ("output_dir", "overwrite")
@@ -96,7 +97,7 @@ class RunDirectory:
         """Make the directory with `.hydra/`; with `overwrite`, remove the run before."""
         try:
             if self.overwrite:
-                for name in CONTENTS:
+                for name in (*CONTENTS, *EXPORTED):
                     _remove(self / name)
             (self / ".hydra").mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, self / ".hydra" / "config.yaml")
