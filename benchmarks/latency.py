@@ -74,9 +74,7 @@ def contenders(model: Any, folder: Path) -> dict[str, Ask]:
         return {name: value.numpy() for name, value in signature(x=tf.constant(x)).items()}
 
     def direct(x: np.ndarray) -> dict[str, np.ndarray]:
-        return {
-            name: value.numpy() for name, value in model(x, training=False).tensors().items()
-        }
+        return {name: value.numpy() for name, value in model(x, training=False).tensors().items()}
 
     return {
         "`predict` of Keras": lambda x: {"mean": tf_keras.Model.predict(model, x, verbose=0)},

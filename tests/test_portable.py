@@ -261,7 +261,7 @@ def test_a_folder_is_replaced_only_when_told(tmp_path):
     export_portable(Here(), model, path, overwrite=True)
     assert json.loads((path / "mdn.json").read_text())["targets"] != ["a", "b", "c"]
     (path / "params.here").unlink()
-    with pytest.raises(RunError, match="not a folder with params.here, so it stays"):
+    with pytest.raises(RunError, match=r"not a folder with params\.here, so it stays"):
         export_portable(Here(), model, path, overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
@@ -289,7 +289,9 @@ def test_a_package_that_is_not_there(tmp_path, monkeypatch, caplog):
 WORDS = np.array(["a", "b"] * 32, object)
 REFUSED = {
     "'kind' is text": lambda: adapted(heads.Diag(1), x={"size": X[:, 0], "kind": WORDS})[0],
-    "'at' needs float64": lambda: adapted(heads.Diag(1), x={"at": 1.7e9 + X[:, 0].astype(float)})[0],
+    "'at' needs float64": lambda: adapted(heads.Diag(1), x={"at": 1.7e9 + X[:, 0].astype(float)})[
+        0
+    ],
     r"sequences \[B, T, F\]": lambda: adapted(heads.Diag(1), x=X[:, None])[0],
     "computes in float64": lambda: adapted(heads.Diag(1, dtype="float64"))[0],
     "has no scaling yet": lambda: MDN(heads.Diag(1)),

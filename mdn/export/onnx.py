@@ -75,9 +75,9 @@ def export_onnx(
     - `log_prob`: the features and `y` [B, D] to `log_prob` [B], nats; NaN where an entry of y is.
 
     The features are `x` [B, F], or one [B] for each raw column, named as in a SavedModel. Where
-    targets are transformed, `params` is in units of the transformed ones. What
-    ONNX has no operations for, or its runtime not in float32, cannot be written: features that are
-    text or need float64, sequences, and models that do not compute in float32.
+    targets are transformed, `params` is in units of the transformed ones. What ONNX has no
+    operations for, or its runtime not in float32, cannot be written: features that are text or
+    need float64, sequences, and models that do not compute in float32.
 
     The arguments and errors are those of `mdn.export.portable.export_portable`.
     """
