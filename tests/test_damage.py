@@ -27,7 +27,7 @@ from mdn.finished import load_run
 from mdn.listing import find_runs
 from mdn.runs import RunDirectory
 
-ROUNDS = 12  # of each kind of damage
+ROUNDS = 8  # of each kind of damage
 
 
 def damages(content: bytes, rounds: int = ROUNDS) -> Iterator[bytes]:
