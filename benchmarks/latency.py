@@ -33,6 +33,7 @@ from mdn.export import export_litert, export_onnx, export_saved_model  # noqa: E
 
 MEMBERS = 5
 MODELS = ("mixture", f"ensemble of {MEMBERS}")
+BUSY = ": not idle, which slows the threads of TensorFlow more than the runtimes on one thread"
 WARM_UP = 20  # calls that are not counted
 Ask = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -160,12 +161,14 @@ def main() -> None:
             asks = contenders(model, Path(folder))
             compare(model, asks, x)
             found[name] = measure(asks, x, options.calls)
+    size = WORKLOADS["M"]
     text = (
         "# One row at a time\n\n"
-        f"The density of one row: {WORKLOADS['M']}. The parameters of the mixture, or its mean "
-        f"where `predict` is asked. {options.calls:,} calls of each, in turn; LiteRT and ONNX "
-        f"Runtime on one thread. {os.cpu_count()} cores ({platform.machine()}), TensorFlow "
-        f"{tf.__version__}. Load before the start: {load:.1f}. Made by "
+        f"The density of {size.targets} targets given one row of {size.features} features, K = "
+        f"{size.components}, two layers of {size.widths[0]}: the parameters of the mixture, or "
+        f"its mean where `predict` is asked. {options.calls:,} calls of each, in turn; LiteRT and "
+        f"ONNX Runtime on one thread. {os.cpu_count()} cores ({platform.machine()}), TensorFlow "
+        f"{tf.__version__}. Load before the start: {load:.1f}{BUSY if load > 0.5 else ''}. Made by "
         "`python -m benchmarks.latency --output docs/benchmarks/latency.md`.\n\n"
         f"{table(found)}\n"
     )

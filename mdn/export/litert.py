@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,12 @@ class LiteRT(Format):
         module.function = wrapped.prune(list(inputs.values()), outputs)
         # The converter wants an owner of the function.
         converter = tf.lite.TFLiteConverter.from_concrete_functions([module.function], module)
-        return converter.convert()
+        try:
+            return converter.convert()
+        except Exception as error:  # which quotes the caller's source
+            if absent := set(re.findall(r"'tf\.(\w+)' op is neither", str(error))):
+                raise ValueError(f"it has no {', '.join(sorted(absent))}") from error
+            raise
 
     def load(self, path: str | os.PathLike[str]) -> Answers:
         from ai_edge_litert.interpreter import Interpreter
