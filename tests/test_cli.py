@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from mdn.cli.main import command
 from mdn.config import compose_config
-from mdn.errors import MDNError, RunError
+from mdn.errors import ConfigError, MDNError, RunError
 from mdn.finished import data_of, evaluate_run, export_run, load_run, plot_run
 from mdn.listing import find_runs, print_runs
 
@@ -190,6 +190,14 @@ def test_export_does_not_overwrite_unless_asked(run, tmp_path):
     assert description["config"]["k"] == 2
     assert description["targets"] == ["price"]
     export_run(run, output=path, overwrite=True)
+
+
+def test_export_says_what_a_format_cannot_hold(run, tmp_path):
+    with pytest.raises(ConfigError, match="format=onnx: the feature 'kind' is text"):
+        export_run(run, "onnx", tmp_path / "model")
+    with pytest.raises(ConfigError, match="format=tflite is unknown: choose one of saved_model,"):
+        export_run(run, "tflite", tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_fit_without_features_says_so(tmp_path):

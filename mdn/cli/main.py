@@ -166,7 +166,7 @@ def plot(run: str, data: str | None, output: str | None) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["saved_model"]),
+    type=click.Choice(["saved_model", "litert", "onnx"]),
     default="saved_model",
     show_default=True,
     help="What to write.",
@@ -176,9 +176,13 @@ def plot(run: str, data: str | None, output: str | None) -> None:
 def export(run: str, form: str, output: str | None, overwrite: bool) -> None:
     """Write an artefact of a run that answers without mdn.
 
+    A SavedModel answers everything. LiteRT and ONNX answer for the parameters of the density and
+    for log_prob, a file each, of features that are numbers.
+
     \b
     Example:
       mdn export runs/first --format saved_model -o models/1
+      mdn export runs/first --format litert
     """
     _check(run)
     _import()
