@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from mdn.callbacks.checkpoint import read_history
@@ -21,8 +21,8 @@ from mdn.config import make
 from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Data, Rows
 from mdn.data.schema import TableReader, column_of
-from mdn.errors import DataError, RunError
-from mdn.export import directory_size
+from mdn.errors import ConfigError, DataError, RunError
+from mdn.export import directory_size, export_litert, export_onnx
 from mdn.model import load
 from mdn.options import FITTED, GENERATIVE
 from mdn.prediction import (
@@ -32,10 +32,10 @@ from mdn.prediction import (
     predict_file,
     schema_of,
 )
-from mdn.runs import check_run
+from mdn.runs import check_run, read_config
 from mdn.tasks import get_task
 
-FORMATS = ("saved_model",)
+FORMATS = ("saved_model", "litert", "onnx")
 
 
 def load_run(run: str | os.PathLike[str]) -> tuple[Any, DictConfig]:
@@ -45,19 +45,20 @@ def load_run(run: str | os.PathLike[str]) -> tuple[Any, DictConfig]:
         RunError: there is no run, or it has no model.
     """
     folder = check_run(run)
+    config: Any = read_config(folder)
     try:
-        config: Any = OmegaConf.load(folder / ".hydra" / "config.yaml")
-        if config.model._target_ == FITTED:
-            raise RunError(
-                f"{run} is a fit without features (model=distribution): its saved_model/ answers, "
-                "and there is nothing to predict from"
-            )
+        fitted = config.model._target_ == FITTED
         # A registered class of the user's own can be loaded once its module is imported.
-        for part in ("backbone", "embedding"):
+        for part in () if fitted else ("backbone", "embedding"):
             if config.get(part) is not None:
                 importlib.import_module(config[part]._target_.rpartition(".")[0])
-    except (OSError, OmegaConfBaseException, ImportError) as error:
+    except (AttributeError, TypeError, ValueError, OmegaConfBaseException, ImportError) as error:
         raise RunError(f"{run} cannot be read: {' '.join(str(error).split())}") from error
+    if fitted:
+        raise RunError(
+            f"{run} is a fit without features (model=distribution): its saved_model/ answers, "
+            "and there is nothing to predict from"
+        )
     return load(folder / "model.keras", compile=False), config
 
 
@@ -173,19 +174,25 @@ def export_run(
         overwrite: replace what is there, once the new artefact is whole.
 
     Raises:
+        ConfigError: the format is unknown, or cannot hold the model.
         RunError: something is there already, or there is no model.
     """
+    if form not in FORMATS:
+        raise ConfigError(f"format={form} is unknown: choose one of {', '.join(FORMATS)}")
     path = Path(run) / form if output is None else Path(output)
     check_run(run)
     if path.exists() and not overwrite:
         raise RunError(f"{path} exists: give another --output, or --overwrite")
     model, config = load_run(run)
-    get_task(config).export(model, path, config, overwrite)
-    return path
+    if form == "saved_model":
+        get_task(config).export(model, path, config, overwrite)
+        return path
+    write = {"litert": export_litert, "onnx": export_onnx}[form]
+    return write(model, path, overwrite=overwrite, config=config)
 
 
 def describe_artefact(path: Path) -> list[str]:
-    """Return lines on a SavedModel: its size, and each signature with its inputs and outputs."""
+    """Return lines on an artefact: its size, and each signature with its inputs and outputs."""
     about: Mapping[str, Any] = json.loads((path / "mdn.json").read_text("utf-8"))
     lines = [f"{path}: {directory_size(path) / 1e6:.1f} MB, {len(about['signatures'])} signatures"]
     for name, signature in about["signatures"].items():

@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,27 +78,33 @@ def _read(path: Path) -> Run:
     # A list of plain strings, one a line: no parser of YAML is needed, which takes long to load.
     words = [line[2:].strip("'\"") for line in lines if line.startswith("- ")]
     hidden = ("output_dir=", "overwrite=")
-    finished = record.get("finished")
     metrics = {
         name: float(value)
         for name, value in _json(path / "metrics.json").items()
-        if isinstance(value, int | float)
+        if isinstance(value, int | float) and abs(value) < sys.float_info.max
     }
     return Run(
         path,
         " ".join(word for word in words if not word.startswith(hidden)),
         metrics,
         str(record.get("data_sha256", "")),
-        datetime.datetime.fromisoformat(finished) if finished else None,
+        _time(record.get("finished")),
     )
 
 
 def _json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _time(text: object) -> datetime.datetime | None:
+    try:
+        return datetime.datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
 
 
 def print_runs(runs: list[Run], key: str | None = None, console: Console | None = None) -> None:

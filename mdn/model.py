@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import types
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -449,7 +448,7 @@ def load(path: str | os.PathLike[str], compile: bool = True) -> Any:
         raise RunError(f"{path} does not exist: give a .keras file that mdn saved")
     try:
         model = tf_keras.models.load_model(path, compile=compile, safe_mode=True)
-    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # ZIP, JSON, HDF5 and Keras raise a dozen types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise RunError(
             f"{path} cannot be loaded ({reason}): is it a file that mdn saved?"

@@ -31,7 +31,7 @@ from mdn.data.rows import Data, Rows
 from mdn.data.splits import draw_folds
 from mdn.density.queries import Queries
 from mdn.ensembles import Ensemble
-from mdn.errors import ConfigError, DataError, RunError
+from mdn.errors import ConfigError, DataError, MDNError, RunError
 from mdn.features import as_features
 from mdn.model import MDN, load
 from mdn.options import AUTO
@@ -433,16 +433,23 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
             RunError: there is no such file, or it holds no estimator.
         """
         model = load(path)
-        with zipfile.ZipFile(path) as archive:
-            if _OPTIONS not in archive.namelist():
-                raise RunError(f"{path} holds a model but no estimator: load it with mdn.load")
-            own = json.loads(archive.read(_OPTIONS))
-        self = cls(**own["parameters"])
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if _OPTIONS not in archive.namelist():
+                    raise RunError(f"{path} holds a model but no estimator: load it with mdn.load")
+                own = json.loads(archive.read(_OPTIONS))
+            self = cls(**own["parameters"])
+            self.n_features_in_, self._y_ndim = own["n_features_in_"], own["y_ndim"]
+            self.history_, names = own["history_"], own["feature_names_in_"]
+        except MDNError:
+            raise
+        except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise RunError(
+                f"{path} cannot be loaded ({error} in {_OPTIONS}): is it a file that mdn saved?"
+            ) from error
         self.model_, self.components_ = model, model.head.components
-        self.n_features_in_, self._y_ndim = own["n_features_in_"], own["y_ndim"]
-        self.history_ = own["history_"]
-        if own["feature_names_in_"]:
-            self.feature_names_in_ = np.array(own["feature_names_in_"], dtype=object)
+        if names:
+            self.feature_names_in_ = np.array(names, dtype=object)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mdn.errors import ConfigError, RunError
 
-# What a run writes, and so all that `overwrite=true` may remove.
+# What a run writes; this, and what is exported of it later, is all that `overwrite=true` removes.
 CONTENTS = (
     ".hydra",
     "checkpoints",
@@ -33,6 +33,7 @@ CONTENTS = (
     "tensorboard",
     "train.log",
 )
+EXPORTED = ("litert", "onnx")
 
 # Keys that do not change what a run computes.
 _INCIDENTAL = ("output_dir", "overwrite")
@@ -83,7 +84,7 @@ class RunDirectory:
             raise RunError(
                 f"output_dir={self.path} holds a finished run: set overwrite=true to replace it"
             )
-        before = OmegaConf.load(self / ".hydra" / "config.yaml")
+        before = read_config(self.path)
         changed = _differences(_comparable(before), _comparable(self.config))
         if changed:
             raise RunError(
@@ -96,7 +97,7 @@ class RunDirectory:
         """Make the directory with `.hydra/`; with `overwrite`, remove the run before."""
         try:
             if self.overwrite:
-                for name in CONTENTS:
+                for name in (*CONTENTS, *EXPORTED):
                     _remove(self / name)
             (self / ".hydra").mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, self / ".hydra" / "config.yaml")
@@ -155,6 +156,24 @@ def check_run(run: str | os.PathLike[str], needs: Sequence[str] = ()) -> Path:
         if not (path / name).is_file():
             raise RunError(f"{run} is no run directory, or not a finished one: it has no {name}")
     return path
+
+
+def read_config(run: Path) -> DictConfig:
+    """Return the config of a run.
+
+    Raises:
+        RunError: it cannot be read, or is no mapping.
+    """
+    path = run / ".hydra" / "config.yaml"
+    try:
+        config = OmegaConf.load(path)
+        OmegaConf.to_container(config, resolve=True)
+    except Exception as error:  # parsers of YAML and of interpolations raise a dozen types
+        reason = " ".join(str(error).split())
+        raise RunError(f"{path} cannot be read ({reason}): name another run") from error
+    if not isinstance(config, DictConfig):
+        raise RunError(f"{path} cannot be read (it is no mapping): name another run")
+    return config
 
 
 def check_output(path: Path, overwrite: bool) -> None:

@@ -3,6 +3,9 @@
 import gc
 import os
 
+import numpy as np
+import pytest
+
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
 # Several workers share the cores, and threads of BLAS that wait for each other spin.
@@ -10,6 +13,55 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Tracing makes objects by the hundred thousand, most of which live: look for the dead less often.
 gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory):
+    """Return (model, folder of its SavedModel) by case: one target and several, of each kind of x.
+
+    Modules that use it are of the `xdist_group` "serving", so that it is made once.
+    """
+    import tf_keras
+
+    from mdn import MDN, backbones, heads
+    from mdn.data.rows import ColumnNames
+    from mdn.export import export_saved_model
+
+    tf_keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("exports")
+    n = 400
+    columns = {
+        "floor space": rng.gamma(3.0, 30.0, n),
+        "kind": rng.choice(["house", "flat", "<b>boat</b>"], n, p=[0.5, 0.4, 0.1]).astype(object),
+    }
+    price = 3.0 * columns["floor space"] + np.where(columns["kind"] == "house", 900.0, 0.0)
+    price += rng.normal(0.0, 40.0, n)
+    matrix = rng.normal(size=[n, 2])
+    targets = matrix[:, :1] + rng.normal(size=[n, 3]) @ [
+        [1.0, 0.8, 0.0],
+        [0.0, 0.6, 0.5],
+        [0, 0, 1],
+    ]
+    cases = {
+        "one": (heads.Mixture(1, 2), columns, price[:, None], ("floor space", "kind"), ("price",)),
+        "three": (heads.Mixture(3, 2), matrix, targets, ("u", "v"), ("a", "b", "<i>c</i>")),
+    }
+    made = {}
+    for name, (head, x, y, features, names) in cases.items():
+        model = MDN(head, backbones.MLP([8]))
+        model.adapt(x, y)
+        model.column_names = ColumnNames(features, names)
+        made[name] = model, export_saved_model(model, folder / name)
+    return made
+
+
+@pytest.fixture(scope="session")
+def served(exports):
+    """Return what serves each of `exports`."""
+    from mdn.serving.model import ServedModel
+
+    return {name: ServedModel(path) for name, (_, path) in exports.items()}
 
 
 def pytest_collection_modifyitems(items):

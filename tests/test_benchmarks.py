@@ -13,7 +13,7 @@ import types
 
 import pytest
 
-from benchmarks import em, ensemble, exact
+from benchmarks import em, ensemble, exact, latency
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import measure, workers
 from benchmarks.speed.workloads import WORKLOADS
@@ -48,6 +48,19 @@ def test_exact(monkeypatch, capsys, tmp_path):
     rows = [line for line in page.read_text().splitlines() if line.startswith("| `")]
     assert len(rows) == len(exact.QUERIES)
     assert sum(bool(re.search(r"\d\.\d\d \(", row)) for row in rows) == 3  # ratios to TFP
+
+
+def test_latency(monkeypatch, capsys, tmp_path):
+    page, numbers = tmp_path / "latency.md", tmp_path / "latency.json"
+    arguments = ["--calls=3", "--models=mixture", f"--output={page}", f"--json={numbers}"]
+    monkeypatch.setattr(sys, "argv", ["latency", *arguments])
+    latency.main()
+    assert capsys.readouterr().out.strip() == page.read_text().strip()
+    found = json.loads(numbers.read_text())["mixture"]
+    assert len(found) == 6
+    for name, one in found.items():
+        assert 0.0 < one["median"] <= one["p99"]
+        assert f"| {name} | {one['median']:.3g} | {one['p99']:.3g} |" in page.read_text()
 
 
 class Here:

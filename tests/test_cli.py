@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from mdn.cli.main import command
 from mdn.config import compose_config
-from mdn.errors import MDNError, RunError
+from mdn.errors import ConfigError, MDNError, RunError
 from mdn.finished import data_of, evaluate_run, export_run, load_run, plot_run
 from mdn.listing import find_runs, print_runs
 
@@ -91,6 +91,11 @@ def test_every_command_has_help_with_an_example(name):
         (["train", "kk=3"], "kk=3: kk is no option"),
         (["train", "data=csv", "data.path=none.csv"], "data.path=none.csv matches no file"),
         (["train", "data=npz"], "data.path is not set"),
+        (["serve", "none"], "none is no folder: give a run, or what mdn export wrote"),
+        (["serve", "."], "is neither a run nor a SavedModel"),
+        (["serve", ".", "--name", "a/b"], "name 'a/b': use letters and digits"),
+        (["serve", ".", "--port", "70000"], "70000 is not in the range"),
+        (["serve", ".", "--max-rows", "0"], "0 is not in the range x>=1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -118,7 +123,9 @@ def test_wrong_words_are_one_line_without_tensorflow(
     assert message in err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["predict", "--help"], ["runs", "."]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["predict", "--help"], ["serve", "--help"], ["runs", "."]]
+)
 def test_light_commands_import_no_tensorflow(words, tmp_path):
     code = f"{MAIN.removesuffix('; main()')}\ntry:\n    main()\nfinally:\n    " + (
         "print('tensorflow' in sys.modules, 'hydra' in sys.modules)"
@@ -185,6 +192,14 @@ def test_export_does_not_overwrite_unless_asked(run, tmp_path):
     assert description["config"]["k"] == 2
     assert description["targets"] == ["price"]
     export_run(run, output=path, overwrite=True)
+
+
+def test_export_says_what_a_format_cannot_hold(run, tmp_path):
+    with pytest.raises(ConfigError, match="format=onnx: the feature 'kind' is text"):
+        export_run(run, "onnx", tmp_path / "model")
+    with pytest.raises(ConfigError, match="format=tflite is unknown: choose one of saved_model,"):
+        export_run(run, "tflite", tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_fit_without_features_says_so(tmp_path):
@@ -264,7 +279,9 @@ def test_wheel_in_an_empty_environment_trains_and_predicts(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("mdn-*.whl")
-    assert "mdn/configs/config.yaml" in zipfile.ZipFile(wheel).namelist()
+    assert {"mdn/configs/config.yaml", "mdn/serving/page.html"} <= set(
+        zipfile.ZipFile(wheel).namelist()
+    )
     # Of this environment all but mdn itself, so that nothing has to be downloaded.
     home = tmp_path / "home"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)

@@ -3,6 +3,7 @@
 import pickle  # noqa: TID251
 import sys
 import warnings
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -170,6 +171,16 @@ def test_save_and_load(fitted, line, tmp_path):
         fitted.save(tmp_path / "model.pkl")
     with pytest.raises(mdn.MDNError, match="does not exist"):
         MDNRegressor.load(tmp_path / "none.keras")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"parameters"', b'"parameterz"'))
+    with pytest.raises(mdn.MDNError, match=r"model\.keras cannot be loaded \(Bad CRC-32 for file"):
+        MDNRegressor.load(path)
+    for content in ("", "[]", '{"parameters": {"steps": 1, "stops": 2}}'):
+        path.write_bytes((tmp_path / "bare.keras").read_bytes())
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("regressor.json", content)
+        with pytest.raises(mdn.MDNError, match=r"cannot be loaded \(.* in regressor\.json\)"):
+            MDNRegressor.load(path)
     copied = pickle.loads(pickle.dumps(fitted))
     np.testing.assert_array_equal(copied.predict(line[0]), fitted.predict(line[0]))
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from mdn.data.tabular import Csv, Parquet
+from mdn.data.tabular import Csv, Parquet, to_days
 from mdn.errors import DataError
 
 SOURCES = {"csv": Csv, "parquet": Parquet}
@@ -367,3 +367,10 @@ def test_config_lists_the_defaults(kind):
     assert config.pop("seed") == "${seed}"
     defaults = {k: p.default for k, p in inspect.signature(SOURCES[kind]).parameters.items()}
     assert {**config, "seed": 0, "categorical": tuple(config["categorical"])} == defaults
+
+
+def test_dates_beyond_what_nanoseconds_hold():
+    days = [datetime.date(1, 1, 1), datetime.date(1970, 1, 2), datetime.date(9999, 12, 31)]
+    column = pd.Series(np.array(days, "datetime64[us]"))
+    expected = [(day - datetime.date(1970, 1, 1)).days for day in days]
+    np.testing.assert_array_equal(to_days(column), expected)

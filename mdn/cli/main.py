@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,22 @@ import click
 
 from mdn.cli.failure import FAILED, INTERRUPTED, fail
 from mdn.errors import MDNError
+from mdn.serving.limits import Limits
 
 Probability = click.FloatRange(0.0, 1.0, min_open=True, max_open=True)
+
+
+def _limits(function: Callable) -> Callable:
+    """Add an option for each limit of the service."""
+    for field in reversed(dataclasses.fields(Limits)):
+        function = click.option(
+            f"--{field.name.replace('_', '-')}",
+            type=click.IntRange(1),
+            default=field.default,
+            show_default=True,
+            help=field.metadata["help"],
+        )(function)
+    return function
 
 
 def main() -> None:
@@ -150,7 +166,7 @@ def plot(run: str, data: str | None, output: str | None) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["saved_model"]),
+    type=click.Choice(["saved_model", "litert", "onnx"]),
     default="saved_model",
     show_default=True,
     help="What to write.",
@@ -160,9 +176,13 @@ def plot(run: str, data: str | None, output: str | None) -> None:
 def export(run: str, form: str, output: str | None, overwrite: bool) -> None:
     """Write an artefact of a run that answers without mdn.
 
+    A SavedModel answers everything. LiteRT and ONNX answer for the parameters of the density and
+    for log_prob, a file each, of features that are numbers.
+
     \b
     Example:
       mdn export runs/first --format saved_model -o models/1
+      mdn export runs/first --format litert
     """
     _check(run)
     _import()
@@ -170,6 +190,41 @@ def export(run: str, form: str, output: str | None, overwrite: bool) -> None:
 
     for line in describe_artefact(export_run(run, form, output, overwrite)):
         click.echo(line)
+
+
+@command.command()
+@click.argument("run")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8501, show_default=True, help="0: any."
+)
+@click.option("--name", default="mdn", show_default=True, help="Of the model, in the paths.")
+@_limits
+def serve(run: str, host: str, port: int, name: str, **limits: int) -> None:
+    """Answer over HTTP, as TensorFlow Serving does, and show the density on a page at /.
+
+    RUN is a run, or a SavedModel that mdn export wrote. Needs the extra: pip install 'mdn[serve]'
+
+    \b
+    Example:
+      mdn serve runs/first
+      curl -d '{"instances": [[0.5]]}' http://127.0.0.1:8501/v1/models/mdn:predict
+    """
+    try:
+        from mdn.serving.model import find_saved_model
+        from mdn.serving.server import bind, check_name, serve
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("mdn"):
+            raise
+        fail(f"mdn serve needs {error.name}: pip install 'mdn[serve]'")
+    from mdn.trust import read_description
+
+    check_name(name)
+    path = find_saved_model(run)
+    read_description(path)
+    with bind(host, port) as bound:
+        _import(alone=True)
+        serve(path, bound, name, Limits(**limits))
 
 
 @command.command()
@@ -198,7 +253,7 @@ def _check(run: str, data: str | None = None) -> None:
         find_tables(data)
 
 
-def _import() -> None:
+def _import(alone: bool = False) -> None:
     from mdn.cli.quiet import import_tensorflow
 
-    import_tensorflow()
+    import_tensorflow(alone)

@@ -85,9 +85,10 @@ class ParquetReader:
     def read(self, piece: int) -> Iterator[Block]:
         plan = self._plan[piece]
         start = plan.start
+        file = self.files[plan.file]
         for batch in self._batches(plan):
             if batch.num_rows:
-                yield self._block(batch, start)
+                yield attempt(Parquet.kind, file, lambda _, b=batch, s=start: self._block(b, s))
             start += batch.num_rows
 
     def _batches(self, plan: _Piece) -> Iterator[pa.RecordBatch]:

@@ -189,12 +189,14 @@ class TableReader:
         ) as stream:
             rows, done = max(stream.metadata.num_rows, 1), 0
             batches = stream.iter_batches(BLOCK_ROWS, columns=self._used, use_threads=False)
-            while (
-                batch := attempt(Parquet.kind, file, lambda _: next(batches, None))
-            ) is not None:
-                done += batch.num_rows
-                kept = pa.Table.from_batches([batch]).select(self.keep)
-                yield batch.to_pandas(ignore_metadata=True), kept, done / rows
+            pairs = (
+                (batch.to_pandas(ignore_metadata=True), pa.Table.from_batches([batch]))
+                for batch in batches
+            )
+            while (pair := attempt(Parquet.kind, file, lambda _: next(pairs, None))) is not None:
+                frame, table = pair
+                done += len(frame)
+                yield frame, table.select(self.keep), done / rows
 
 
 def column_of(table: pa.Table, name: str) -> np.ndarray:

@@ -335,7 +335,7 @@ def attempt(kind: str, file: Path, read: Callable):
     except DataError:
         raise
     except Exception as error:  # pandas, pyarrow and the decompressors raise a dozen types
-        first = str(error).strip().partition("\n")[0]
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(f"{file} cannot be read as {kind}: {first}") from error
 
 
@@ -372,7 +372,9 @@ def to_text(column: pd.Series) -> np.ndarray:
 def to_days(column: pd.Series) -> np.ndarray:
     """Return dates as days since 1970-01-01 UTC, [N] float64; dates without a zone are in UTC."""
     times = pd.to_datetime(column, utc=True)
-    days = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)
+    unit = times.dt.unit  # nanoseconds, which pandas would take, end in the year 2262
+    epoch, day = pd.Timestamp(0, tz="UTC").as_unit(unit), pd.Timedelta(days=1).as_unit(unit)
+    days = (times - epoch) / day
     return days.to_numpy(np.float64, na_value=np.nan)
 
 

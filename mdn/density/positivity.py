@@ -6,8 +6,10 @@ the bijector fails under XLA when the batch size is not static, and in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 
@@ -104,10 +106,17 @@ def precision_diag_inverse(
 def fill_diagonal(raw: tf.Tensor, transform: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
     """Return the lower triangle of raw [.., D(D+1)/2], [.., D, D], with a transformed diagonal.
 
-    In the order of `tfp.math.fill_triangular`.
+    In the order of `tfp.math.fill_triangular`. Masks stand in for TensorFlow's operations on
+    triangles and diagonals: XLA cannot compile all of them for a dynamic batch, and no converter
+    to another runtime knows them.
     """
-    triangle = tfp.math.fill_triangular(raw)  # [.., D, D]
-    diagonal = transform(tf.linalg.diag_part(triangle))
-    # A mask and not set_diag, which XLA cannot compile for a dynamic batch.
-    eye = tf.eye(triangle.shape[-1], dtype=tf.bool)
-    return tf.where(eye, diagonal[..., tf.newaxis], triangle)
+    size = raw.shape[-1]
+    d = (math.isqrt(8 * size + 1) - 1) // 2
+    square = tf.concat([raw[..., d:], tf.reverse(raw, [-1])], axis=-1)  # [.., D^2]
+    square = tf.reshape(square, tf.concat([tf.shape(raw)[:-1], [d, d]], axis=0))
+    square.set_shape([*raw.shape[:-1], d, d])
+    row, column = np.indices([d, d])
+    zero = tf.zeros_like(square)
+    diagonal = transform(tf.reduce_sum(tf.where(row == column, square, zero), axis=-1))
+    below = tf.where(row > column, square, zero)
+    return tf.where(row == column, tf.expand_dims(diagonal, -1), below)

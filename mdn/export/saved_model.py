@@ -25,9 +25,8 @@ from mdn.errors import ConfigError, RunError
 from mdn.export.signatures import meaning, signatures
 from mdn.features import Columns
 from mdn.model import MDN
+from mdn.trust import DESCRIPTION, FORMAT, file_digests
 
-# Of `mdn.json`: a reader of another one says so.
-FORMAT = 2
 # The inputs that the signatures add to the features.
 RESERVED = ("y", "p", "level", "n", "seed")
 
@@ -67,7 +66,8 @@ def export_saved_model(
     string ("" where missing) or a number (NaN where missing). A density for each step has batch
     [B, T] in place of [B]. `mdn.json`, beside `saved_model.pb`, states every name, dtype, shape
     and unit, and the column of each input: `input_names` says where the two differ. It also holds
-    the versions, the configs, and why a signature is left out.
+    the versions, the configs, why a signature is left out, what the train rows said of each input
+    (its categories, or mean and scale), and the SHA-256 of each file.
 
     Args:
         model: an adapted model; dropout is off in what is written.
@@ -85,18 +85,10 @@ def export_saved_model(
             there; what was there before is then untouched.
     """
     check_path(path, overwrite)
-    if len(targets) not in (0, model.head.event_size):
-        raise ConfigError(
-            f"targets={list(targets)}: give {model.head.event_size} names, one for each target"
-        )
-    features = _feature_specs(model)
-    columns = features if isinstance(features, dict) else {None: features}
-    traced, left_out = signatures(model, features)
+    check_targets(model, targets)
+    traced, left_out = signatures(model, feature_specs(model))
     description = {
-        "features": [
-            {"input": spec.name, "column": column, **_state(spec)}
-            for column, spec in columns.items()
-        ],
+        "features": describe_features(model),
         "feature_names": list(model.column_names.features),
         "targets": list(targets or model.column_names.targets),
         "target_transform": model.head.target_transform,
@@ -107,17 +99,33 @@ def export_saved_model(
     return write_saved_model(path, overwrite, model.parts, traced, description)
 
 
-def check_path(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Check, before any work, that a SavedModel can go to `path`.
+def check_path(
+    path: str | os.PathLike[str], overwrite: bool, mark: str = "saved_model.pb"
+) -> None:
+    """Check, before any work, that an artefact can go to `path`.
+
+    Args:
+        path: a directory, or nothing yet.
+        overwrite: replace an artefact of the same kind.
+        mark: the file that all artefacts of this kind have.
 
     Raises:
-        RunError: something else is there, or a SavedModel that is not to be replaced.
+        RunError: something else is there, or an artefact that is not to be replaced.
     """
     path = Path(path)
     if path.exists() and not overwrite:
         raise RunError(f"{path} exists: remove it, or export with overwrite=True")
-    if path.exists() and not (path / "saved_model.pb").is_file():
-        raise RunError(f"{path} is not a SavedModel, so it stays: give another path")
+    if path.exists() and not (path / mark).is_file():
+        kind = "a SavedModel" if mark == "saved_model.pb" else f"a folder with {mark}"
+        raise RunError(f"{path} is not {kind}, so it stays: give another path")
+
+
+def check_targets(model: MDN, targets: Sequence[str]) -> None:
+    """Raise a ConfigError where names are given, but not one for each target."""
+    if len(targets) not in (0, model.head.event_size):
+        raise ConfigError(
+            f"targets={list(targets)}: give {model.head.event_size} names, one for each target"
+        )
 
 
 def write_saved_model(
@@ -139,24 +147,46 @@ def write_saved_model(
     Raises:
         RunError: nothing can be written there; what was there before is then untouched.
     """
-    path = Path(path)
-    home = path.resolve()
+    with new_folder(path, overwrite) as folder:
+        with _quiet():
+            options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+            tf.saved_model.save(_resources(parts), str(folder), signatures, options)
+            _drop_gradients(folder)
+        write_description(folder, description, signatures)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+    """Yield a folder under a temporary name, which becomes `path` once the block is done.
+
+    Args:
+        path: where `check_path` passes.
+        overwrite: replace what is at `path`.
+
+    Raises:
+        RunError: nothing can be written there; what was there before is then untouched.
+    """
+    home = Path(path).resolve()
     partial = home.with_name(f".{home.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        with _quiet():
-            options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-            tf.saved_model.save(_resources(parts), str(partial), signatures, options)
-            _drop_gradients(partial)
-        text = json.dumps(_describe(description, signatures), indent=2)
-        (partial / "mdn.json").write_text(text + "\n", "utf-8")
+        yield partial
         _move(partial, home, overwrite)
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f"cannot write {path}: {_reason(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return path
+
+
+def write_description(
+    folder: Path, description: dict[str, Any], signatures: dict[str, Any]
+) -> None:
+    """Write `mdn.json`: the versions, the description, and the signatures' inputs and outputs."""
+    description = {**description, "files": file_digests(folder)}
+    text = json.dumps(_describe(description, signatures), indent=2)
+    (folder / DESCRIPTION).write_text(text + "\n", "utf-8")
 
 
 def as_plain(config: Mapping[str, Any] | None) -> Any:
@@ -205,7 +235,7 @@ def _identifier(column: str) -> str:
     return f"{name}_" if keyword.iskeyword(name) or name == "self" else name
 
 
-def _feature_specs(model: MDN) -> tf.TensorSpec | dict[str, tf.TensorSpec]:
+def feature_specs(model: MDN) -> tf.TensorSpec | dict[str, tf.TensorSpec]:
     """Return what the model takes, under the names of the signatures' inputs."""
     rank = model.get_build_config()["feature_rank"]
     if rank is None:
@@ -217,6 +247,34 @@ def _feature_specs(model: MDN) -> tf.TensorSpec | dict[str, tf.TensorSpec]:
             for column, spec in model.encoder.signature().items()
         }
     return tf.TensorSpec([None] * (rank - 1) + [model.encoder.features], tf.float32, "x")
+
+
+def describe_features(model: MDN) -> list[dict[str, Any]]:
+    """Return, for `mdn.json`, each input and the raw column that it takes, if there are any."""
+    features = feature_specs(model)
+    columns = features if isinstance(features, dict) else {None: features}
+    return [
+        {"input": spec.name, "column": column, **_state(spec), **_known(model, column)}
+        for column, spec in columns.items()
+    ]
+
+
+def _known(model: MDN, column: str | None) -> dict[str, Any]:
+    """Return what the train rows said of an input, for who has to choose values for it.
+
+    That is its categories, most frequent first; or its mean and standard deviation, of a matrix
+    one of each feature.
+    """
+    encoder = model.encoder
+    if isinstance(encoder, Columns):
+        (known,) = (c for c in encoder.columns if c.name == column)
+        if known.vocabulary is not None:
+            return {"vocabulary": known.vocabulary}
+        return {"mean": known.mean, "scale": known.scale}
+    return {
+        "mean": encoder.mean.numpy().tolist(),
+        "scale": (1.0 / encoder.inverse_scale.numpy()).tolist(),
+    }
 
 
 def _resources(parts: Iterable[Any]) -> tf.Module:

@@ -143,6 +143,11 @@ class Head(tfp.layers.DistributionLambda):
             transforms.check_domain(y, self._bijector, self.target_transform, self.dtype, names)
 
     @property
+    def bijector(self) -> Any:
+        """What takes the targets that the network sees to those of the user; None: they are."""
+        return self._bijector
+
+    @property
     def filler(self) -> tf.Tensor:
         """[D], targets in the midst of the data, for rows that count nothing."""
         return self.y_loc if self._bijector is None else self._bijector.forward(self.y_loc)

@@ -1,0 +1,84 @@
+"""A model for ONNX Runtime and what else reads ONNX."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from mdn.export.graphs import freeze, softplus
+from mdn.export.portable import Answers, Format, export_portable
+from mdn.model import MDN
+
+OPSET = 18
+SUBSTITUTES = {
+    "Softplus": softplus,  # whose small values round
+    # For these the converter knows no operations of ONNX.
+    "Erfc": lambda x: 1.0 - tf.math.erf(x),  # of GELU
+    "Log1p": lambda x: tf.math.log(1.0 + x),
+    "Expm1": lambda x: tf.exp(x) - 1.0,
+}
+
+
+class ONNX(Format):
+    """`.onnx` files of the standard's operations alone."""
+
+    name, suffix, runtime, converters = "onnx", ".onnx", "onnxruntime", ("tf2onnx", "onnx")
+
+    def convert(self, function: Any) -> bytes:
+        import onnx
+        import tf2onnx
+
+        graph, inputs, outputs = freeze(function, SUBSTITUTES)
+        model, _ = tf2onnx.convert.from_graph_def(
+            graph,
+            input_names=list(inputs.values()),
+            output_names=list(outputs.values()),
+            opset=OPSET,
+            tensors_to_rename={tensor: name for name, tensor in (inputs | outputs).items()},
+        )
+        onnx.checker.check_model(model)  # an operation it does not know is left as it is
+        return model.SerializeToString()
+
+    def load(self, path: str | os.PathLike[str]) -> Answers:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+
+        def answer(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return dict(zip(names, session.run(names, dict(arrays)), strict=True))
+
+        return answer
+
+
+def export_onnx(
+    model: MDN,
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    targets: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a folder of ONNX files of a model, and return its path.
+
+    The folder has `params.onnx`, `log_prob.onnx`, and `mdn.json`, which states every name, dtype,
+    shape and unit. Both take any number of rows, float32, in the units of the data:
+
+    - `params`: the features (NaN where missing) to `logits` [B, K], `loc` [B, K, D] and
+      `scale_tril` [B, K, D, D]. K = 1 of a single normal. ONNX has no decomposition of matrices: a
+      low-rank mixture has `scale_diag` [B, K, D] and `factor` [B, K, D, R] in place of the last,
+      and one of precisions `precision_tril` [B, K, D, D].
+    - `log_prob`: the features and `y` [B, D] to `log_prob` [B], nats; NaN where an entry of y is.
+
+    The features are `x` [B, F], or one [B] for each raw column, named as in a SavedModel. Where
+    targets are transformed, `params` is in units of the transformed ones. What ONNX has no
+    operations for, or its runtime not in float32, cannot be written: features that are text or
+    need float64, sequences, and models that do not compute in float32.
+
+    The arguments and errors are those of `mdn.export.portable.export_portable`.
+    """
+    return export_portable(ONNX(), model, path, overwrite, targets, config)
