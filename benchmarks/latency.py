@@ -146,7 +146,7 @@ def table(found: dict[str, dict[str, Latency]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--calls", type=int, default=2000, help="of each, a row at a time")
+    parser.add_argument("--calls", type=int, default=500, help="of each, a row at a time")
     parser.add_argument("--models", default=",".join(MODELS), help="some of these, with commas")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--output", type=Path, help="also write the Markdown to this file")
@@ -168,8 +168,8 @@ def main() -> None:
         f"{size.components}, two layers of {size.widths[0]}: the parameters of the mixture, or "
         f"its mean where `predict` is asked. {options.calls:,} calls of each, in turn; LiteRT and "
         f"ONNX Runtime on one thread. {os.cpu_count()} cores ({platform.machine()}), TensorFlow "
-        f"{tf.__version__}. Load before the start: {load:.1f}{BUSY if load > 0.5 else ''}. Made by "
-        "`python -m benchmarks.latency --output docs/benchmarks/latency.md`.\n\n"
+        f"{tf.__version__}. Load before the start: {load:.1f}{BUSY if load > 0.5 else ''}. "
+        "Made by `python -m benchmarks.latency --output docs/benchmarks/latency.md`.\n\n"
         f"{table(found)}\n"
     )
     print(text)
