@@ -52,7 +52,7 @@ def recipe(n: int) -> list[str]:
     return ["experiment=tabular", "trainer.verbose=0"]
 
 
-def train(task: str, n: int, seed: int) -> dict[str, float]:
+def train(task: str, n: int, seed: int) -> dict[str, Any]:
     """Learn one task from n rows, held-out ones included, and judge it on fresh test rows."""
     import tf_keras
 

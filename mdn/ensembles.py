@@ -130,12 +130,12 @@ class Ensemble(MDN):
         return self.members
 
     @property
-    def head(self) -> Any:  # type: ignore[override]
+    def head(self) -> Any:
         """The head that makes densities of stacked parameters; its kernel and bias are unused."""
         return self._template.model.head
 
     @property
-    def backbone(self) -> Any:  # type: ignore[override]
+    def backbone(self) -> Any:
         """The backbone whose layers are stacked; its weights are unused."""
         return self._template.model.backbone
 
@@ -419,14 +419,15 @@ class Ensemble(MDN):
             cells: of targets on a grid, if the model trains with jitter, the log of the mean
                 density over the cell around y: what `fit` validates by.
         """
-        of_cells = cells and self._jitter is not None
-        nll = losses.CellNLL(self._jitter.step) if of_cells else losses.nll
+        nll: losses.Loss = losses.nll
+        if cells and self._jitter is not None:
+            nll = losses.CellNLL(self._jitter.step)
 
         def log_prob(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
             score = -nll(y[tf.newaxis], self.member_densities(x, False))
             return tf.stack(tf.unstack(score), axis=-1)
 
-        name = f"member_log_prob of {'cells' if of_cells else 'points'}"
+        name = "member_log_prob" + (" of cells" if nll is not losses.nll else "")
         arrays = [self._as_rows(x), np.asarray(y, tf_keras.backend.floatx())]
         answers = self._over_rows(name, log_prob, arrays, batch_size)
         return np.concatenate([part.numpy() for _, part in answers])

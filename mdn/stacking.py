@@ -82,7 +82,7 @@ class Stack(Ensemble):
         return self._first._feature_rank
 
     @property
-    def encoder(self) -> Any:  # type: ignore[override]
+    def encoder(self) -> Any:
         """What encodes the features, for all of them: it was fitted to the same rows."""
         return self._first.encoder
 
@@ -172,18 +172,20 @@ class Stacking:
 
     Attributes:
         shares: of each ensemble that is worth its time; they sum to 1.
-        nll: of each, the NLL of the rows that its members held out, in nats a row; not finite
-            where it failed.
+        nll: of each, the NLL of the rows that its members held out, in nats a row.
         stacked: that of the mixture in these shares.
+        failed: those whose NLL is not finite.
     """
 
     shares: dict[str, float]
     nll: dict[str, float]
     stacked: float
+    failed: list[str]
 
     def __str__(self) -> str:
         shares = ", ".join(f"{share:.0%} {name!r}" for name, share in self.shares.items())
         alone = ", ".join(f"{name!r} {nll:.4f}" for name, nll in self.nll.items())
+        alone += "".join(f", {name!r} failed" for name in self.failed)
         return (
             f"the recipe is {shares}: {self.stacked:.4f} nats a row on the rows that members hold "
             f"out; each alone: {alone}"
@@ -210,7 +212,6 @@ def compare(models: Mapping[str, Ensemble], data: Data, folds: np.ndarray | None
     found = {name: held_out_nll(model, data, folds) for name, model in models.items()}
     weight = next(iter(found.values()))[1]
     rows = {name: nll for name, (nll, _) in found.items()}
-    means = {name: float(np.average(nll, weights=weight)) for name, nll in rows.items()}
     finite = [name for name, nll in rows.items() if np.isfinite(nll).all()]
     if not finite:
         raise RunError("recipe=auto: no variant could be trained; use a lower learning rate")
@@ -220,7 +221,8 @@ def compare(models: Mapping[str, Ensemble], data: Data, folds: np.ndarray | None
     shares /= shares.sum()
     stacked = -np.average(_mixture(log_prob, shares), weights=weight)
     kept = {name: float(s) for name, s in zip(finite, shares, strict=True) if s > 0.0}
-    return Stacking(kept, means, float(stacked))
+    means = {name: float(np.average(rows[name], weights=weight)) for name in finite}
+    return Stacking(kept, means, float(stacked), [name for name in rows if name not in finite])
 
 
 def stacking_shares(log_prob: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:

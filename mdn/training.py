@@ -268,8 +268,8 @@ def fit_variants(
     directory.write_json("recipe.json", dataclasses.asdict(found))
     notes = found.metrics()
     notes["recipe/seconds"] = sum(progress.seconds for *_, progress in fitted.values())
-    _, *rest = fitted[max(found.shares, key=found.shares.__getitem__)]
-    return stack(models, found.shares), *rest, notes
+    _, config, progress = fitted[max(found.shares, key=found.shares.__getitem__)]
+    return stack(models, found.shares), config, progress, notes
 
 
 def fit_candidates(

@@ -69,7 +69,8 @@ def test_ensembles_that_fail_or_add_nothing_are_left_out(monkeypatch):
     found = compare({name: name for name in nll}, None, None)
     assert found.shares == {"good": pytest.approx(1.0)}
     assert found.stacked == pytest.approx(truth.mean())
-    assert found.nll["bad"] == pytest.approx(truth.mean() + 2.0)
+    assert found.nll == {"good": truth.mean(), "bad": pytest.approx(truth.mean() + 2.0)}
+    assert found.failed == ["broken"]
     assert "100% 'good'" in str(found)
     with pytest.raises(RunError, match="no variant could be trained"):
         compare({"broken": "broken"}, None, None)
