@@ -428,6 +428,16 @@ def test_batches_of_a_model_are_its_answers_one_by_one(served):
             json.loads(encode(one_call, outputs))
 
 
+@pytest.mark.parametrize("case", ["one", "three"])
+def test_warm_up_asks_every_signature(case, served, monkeypatch):
+    model, asked = served[case], []
+    answer = model.answer
+    monkeypatch.setattr(model, "answer", lambda calls: asked.append((calls, answer(calls))))
+    model.warm_up()
+    assert [calls[0].signature.name for calls, _ in asked] == list(model.signatures)
+    assert all(outputs[0] for _, outputs in asked)
+
+
 # ---------------------------------------------------------------------- documents
 
 # Those that a document cannot meet: it cannot state that columns have equally many rows.
@@ -522,6 +532,7 @@ def test_changed_export_is_refused(exports, tmp_path):
         ServedModel(path)
 
 
+@pytest.mark.slow
 def test_many_clients_have_their_own_answers_and_a_stop_loses_none(exports):
     """A process of its own, as a user starts it."""
     server = load.Server(str(exports["one"][1]))

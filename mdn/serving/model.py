@@ -139,6 +139,22 @@ class ServedModel:
         }
         return [{name: part[i] for name, part in parts.items()} for i in range(len(calls))]
 
+    def warm_up(self) -> None:
+        """Ask each signature once: TensorFlow prepares a function when it is first called."""
+        once = {"p": [0.5], "level": 0.5, "n": 1, "seed": [0, 0]}
+
+        def one(name: str, spec: Spec) -> np.ndarray:
+            if spec.dtype == "string":
+                return np.full([1], b"", object)
+            zeros = np.zeros([1 if size is None else size for size in spec.shape])
+            return np.asarray(once.get(name, zeros), spec.dtype)
+
+        for signature in self.signatures.values():
+            values = {name: one(name, spec) for name, spec in signature.inputs.items()}
+            rows = {name: values[name] for name in signature.rows}
+            shared = {name: values[name] for name in signature.shared}
+            self.answer([Call(signature, rows, shared)])
+
     def metadata(self, name: str) -> dict[str, Any]:
         """Return TensorFlow Serving's answer on the metadata of a model of this name."""
         from google.protobuf.json_format import MessageToDict

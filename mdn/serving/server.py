@@ -68,7 +68,9 @@ def serve(path: Path, bound: socket.socket, name: str, limits: Limits) -> None:
     Raises:
         RunError: the model cannot be loaded.
     """
-    app = make_app(ServedModel(path), name, limits)
+    model = ServedModel(path)
+    model.warm_up()
+    app = make_app(model, name, limits)
     config = uvicorn.Config(
         app,
         log_level="warning",
