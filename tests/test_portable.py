@@ -20,6 +20,7 @@ from mdn.errors import ConfigError, RunError
 from mdn.export import export_litert, export_onnx
 from mdn.export.graphs import mixture_log_prob, softplus
 from mdn.export.portable import Format, check_portable, export_portable
+from mdn.stacking import stack
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(5.0, 3.0, [64, 3]).astype(np.float32)
@@ -50,6 +51,15 @@ def tabular():
     return model, x
 
 
+def stacked():
+    """Return what its recipe makes: ensembles of unequal depth, with an embedding and without."""
+    made = {}
+    for name, widths, embedding in (("steps", [8], PiecewiseLinear(4)), ("smooth", [4, 4], None)):
+        head = heads.Mixture(2, 2, background=0.01)
+        made[name], x = adapted(head, backbones.MLP(widths), X, "error", embedding, members=2)
+    return stack(made, {"steps": 0.7, "smooth": 0.3}), x
+
+
 def wide():
     """Return a density whose scale comes of a raw 100, where a plain softplus overflows."""
     model, x = adapted(heads.Diag(2), members=2)
@@ -60,6 +70,7 @@ def wide():
 
 CASES = {
     "tabular": tabular,
+    "stacked": stacked,
     "diag": wide,
     "tril": lambda: adapted(heads.TriL(3), backbones.ResNet(8, 1), MISSING, "indicator"),
     "one_target": lambda: adapted(heads.Mixture(1, 2), backbones.MLP([8], activation="selu")),

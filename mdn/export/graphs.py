@@ -24,16 +24,35 @@ from mdn.ensembles import Ensemble
 from mdn.export.saved_model import feature_specs
 from mdn.features import Columns
 from mdn.model import MDN
+from mdn.stacking import Stack
 
 
-def members_of(model: MDN) -> list[MDN]:
-    """Return the members of an ensemble as models of their own; else the model alone."""
+class Group(NamedTuple):
+    """Networks of one shape, which take the same features.
+
+    Attributes:
+        model: what makes the features.
+        members: of an ensemble, as models of their own; else the model alone.
+        share: of all of them together in the density.
+    """
+
+    model: MDN
+    members: list[MDN]
+    share: float
+
+
+def groups_of(model: MDN) -> list[Group]:
+    """Return the networks whose mixture is the density of a model."""
     if not isinstance(model, Ensemble):
-        return [model]
-    return [model.member(m) for m in range(model.members)]
+        return [Group(model, [model], 1.0)]
+    ensembles, shares = [model], [1.0]
+    if isinstance(model, Stack):
+        ensembles, shares = model.models, model.shares
+    members = [[one.member(m) for m in range(one.members)] for one in ensembles]
+    return [Group(*group) for group in zip(ensembles, members, shares, strict=True)]
 
 
-def portable_functions(model: MDN, members: Sequence[MDN]) -> dict[str, Any]:
+def portable_functions(model: MDN, groups: Sequence[Group]) -> dict[str, Any]:
     """Return the graphs of a model that `check_portable` passes: name -> concrete function.
 
     - `params`: the features, raw, to `logits` [B, K], `loc` [B, K, D] and `scale_tril`
@@ -47,15 +66,19 @@ def portable_functions(model: MDN, members: Sequence[MDN]) -> dict[str, Any]:
 
     Args:
         model: what is asked.
-        members: of `members_of`; as long as the functions live, as they hold no variables.
+        groups: of `groups_of`; as long as the functions live, as they hold no variables.
     """
 
     def tensors(x: Any) -> dict[str, tf.Tensor]:
-        features = model.features(_codes(model, x))
-        parts = [_stated(member, features) for member in members]
-        if isinstance(model, Ensemble):
-            for part in parts:
-                part["logits"] = tf.nn.log_softmax(part["logits"]) - math.log(len(parts))
+        codes, parts = _codes(model, x), []
+        features = [group.model.features(codes) for group in groups]
+        for m in range(len(groups[0].members)):  # in the order of `mdn.stacking.Stack`
+            for group, own in zip(groups, features, strict=True):
+                part = _stated(group.members[m], own)
+                if isinstance(model, Ensemble):
+                    share = group.share / len(group.members)
+                    part["logits"] = tf.nn.log_softmax(part["logits"]) + math.log(share)
+                parts.append(part)
         return {name: tf.concat([part[name] for part in parts], axis=1) for name in parts[0]}
 
     def params(x: Any) -> dict[str, tf.Tensor]:

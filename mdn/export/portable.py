@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from mdn.density.transformed import split_transform
 from mdn.errors import ConfigError, RunError
-from mdn.export.graphs import members_of, portable_functions
+from mdn.export.graphs import groups_of, portable_functions
 from mdn.export.saved_model import (
     as_plain,
     check_path,
@@ -33,6 +33,7 @@ from mdn.export.saved_model import (
 )
 from mdn.features import Columns
 from mdn.model import MDN
+from mdn.stacking import Stack
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ def check_portable(model: Any, form: str) -> None:
 def _why_not(model: Any) -> str | None:
     if not isinstance(model, MDN):
         return f"a {type(model).__name__} has no p(y | x)"
+    if isinstance(model, Stack) and model.recalibration is not None:
+        return "the members of a recalibrated stack are mixtures, which is not written yet"
     rank = model.get_build_config()["feature_rank"]
     if rank is None:
         return "the model has no scaling yet: call model.adapt(x, y) on train rows first"
@@ -149,8 +152,8 @@ def export_portable(
                 f"format={form.name} needs {module}, which is not installed: "
                 f"pip install 'mdn[{form.name}]'"
             )
-    members = members_of(model)
-    functions = portable_functions(model, members)
+    groups = groups_of(model)
+    functions = portable_functions(model, groups)
     files = {name: f"{name}{form.suffix}" for name in functions}
     description = {
         "features": describe_features(model),
