@@ -1,6 +1,7 @@
 """Shares of a mixture by held-out rows, and the mixture as a model."""
 
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -144,7 +145,9 @@ def test_recalibration_is_saved_and_exported(tmp_path, ensembles, both):
     assert fit.map is not None
     gain = model.log_prob(x, y) - both.log_prob(x, y)
     assert gain.mean() == pytest.approx(fit.gain, abs=5 * fit.gain_se + 0.05)
-    model.save(tmp_path / "model.keras")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save(tmp_path / "model.keras")
     again = mdn.load(tmp_path / "model.keras")
     np.testing.assert_allclose(again.log_prob(x, y), model.log_prob(x, y), rtol=1e-5)
     export_saved_model(model, tmp_path / "saved")
