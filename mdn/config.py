@@ -364,7 +364,9 @@ def _choices(group: str) -> str:
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, [*dict.fromkeys(known)], n=3, cutoff=0.5)
+    # Not itself, which is an option beside another choice of its group.
+    others = [other for other in dict.fromkeys(known) if other != name]
+    close = difflib.get_close_matches(name, others, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else "; see python train.py --help"
 
 

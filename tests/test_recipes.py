@@ -40,6 +40,7 @@ def test_a_variant_is_a_diff():
         (["recipe=auto", "ensemble=2", "init_from=runs/a"], "set one of them to null"),
         (["trainer.steps=10"], "trainer.steps=10: is cut into trainer.epochs=60 parts"),
         (["recipe=best"], "recipe=best: must be 'auto'"),
+        (["experiment=tabular", "backbone=resnet"], "did you mean backbone.width or"),
         (["recipe=auto", "ensemble=2", "optimizer=adam"], "tries decays; use optimizer=adamw"),
         (["recipe=auto", "ensemble=2", "backbone=resnet"], "tries depths of backbone=mlp; use it"),
         (["trainer.jitter=true", "target_transform=log"], "noise could leave the domain"),
