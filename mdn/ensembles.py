@@ -335,7 +335,7 @@ class Ensemble(MDN):
             ]
         )
 
-    def log_density(self, x: Any, y: tf.Tensor) -> tf.Tensor:
+    def log_density(self, x: Any, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
         return self(x, training=False).log_prob(y)
 
     # ------------------------------------------------------------------ answers for many rows
