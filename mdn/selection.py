@@ -205,7 +205,8 @@ def held_out_nll(
         held = np.zeros([len(every), len(folds)])
         held[own.reshape(folds.shape), np.arange(len(folds))[:, np.newaxis]] = 1.0
         held = held.reshape(len(held), *[1] * (log_prob.ndim - 2), -1)
-        nll = -(log_prob * held).sum(axis=-1) / held.sum(axis=-1)
+        # What the others say of rows they learned from may not be finite.
+        nll = -np.where(held > 0.0, log_prob, 0.0).sum(axis=-1) / held.sum(axis=-1)
     counted = np.concatenate([find_counted(r) for r in rows])
     weight = np.concatenate([np.ones(len(r)) if r.weight is None else r.weight for r in rows])
     return nll[counted], weight[np.nonzero(counted)[0]]

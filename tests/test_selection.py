@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import types
 
 import numpy as np
 import pytest
@@ -137,6 +138,14 @@ def test_rows_of_an_ensemble_are_judged_by_members_that_held_them_out(tiny_data)
     ]
     np.testing.assert_allclose(nll, expected, rtol=1e-5)
     np.testing.assert_array_equal(weight, weights[[0, 3, 19, 20, 21, 29]])
+
+
+def test_what_members_say_of_rows_they_learned_from_counts_nothing():
+    log_prob = np.array([[-1.0, np.inf], [np.nan, -2.0]])
+    model = types.SimpleNamespace(member_log_prob=lambda x, y, cells: log_prob)
+    rows, none = Rows(np.zeros([2, 1]), np.zeros([2, 1])), Rows(np.zeros([0, 1]), np.zeros([0, 1]))
+    nll, _ = held_out_nll(model, Data(rows, none, none, (), ()), np.array([[0], [1]]))
+    np.testing.assert_array_equal(nll, [1.0, 2.0])
 
 
 def test_member_log_prob_has_a_column_for_each_member(tiny_data):
