@@ -14,7 +14,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -30,54 +30,15 @@ from mdn.density.mixing import mixture_of
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError
 from mdn.inference import largest_batch
+from mdn.metrics import MemberMeans
 from mdn.model import MDN, PARTS
 from mdn.recalibration import RecalibrationFit
+from mdn.uncertainty import Uncertainty, split_covariance
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
 
 # What `_apply` knows how to stack.
 BACKBONES = (backbones.MLP, backbones.ResNet, backbones.Constant)
-
-
-class Uncertainty(NamedTuple):
-    """The covariance of an ensemble's predictive density in two parts, which sum to it.
-
-    Attributes:
-        aleatoric: [N, D, D] or [N, T, D, D], the mean of the members' covariances: the noise in
-            y that they agree on.
-        epistemic: of the same shape, the covariance of the members' means: where they differ.
-    """
-
-    aleatoric: np.ndarray
-    epistemic: np.ndarray
-
-
-class MemberMeans(tf_keras.metrics.Metric):
-    """The NLL of each member, a mean over the rows so far; as the metrics nll_0, nll_1, ..
-
-    Args:
-        members: M.
-    """
-
-    def __init__(self, members: int) -> None:
-        super().__init__(name="members")
-        self.names = [f"nll_{m}" for m in range(members)]
-        self.total, self.count = (
-            self.add_weight(name, [members], initializer="zeros") for name in ("total", "count")
-        )
-
-    def update_state(self, values: tf.Tensor, sample_weight: tf.Tensor) -> None:
-        """Count the mean [M] of so many rows, [M]."""
-        self.total.assign_add(tf.cast(values * sample_weight, self.total.dtype))
-        self.count.assign_add(tf.cast(sample_weight, self.count.dtype))
-
-    def reset_state(self) -> None:
-        for variable in (self.total, self.count):
-            variable.assign(tf.zeros_like(variable))
-
-    def result(self) -> dict[str, tf.Tensor]:
-        means = tf.unstack(tf.math.divide_no_nan(self.total, self.count))
-        return dict(zip(self.names, means, strict=True))
 
 
 @register
@@ -619,18 +580,3 @@ def _copy(model: MDN) -> MDN:
 def _weights(model: MDN) -> list[tf.Variable]:
     """Return the weights of which each member has its own."""
     return [*model.backbone.weights, model.head.kernel, model.head.bias]
-
-
-def split_covariance(members: Queries) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the mean of the covariances and the covariance of the means, over members.
-
-    Args:
-        members: batch [M, ..], event [D].
-
-    Returns:
-        [.., D, D] each; their sum is the covariance of the members' mixture.
-    """
-    mean = members.mean()  # [M, .., D]
-    deviation = mean - tf.reduce_mean(mean, axis=0)
-    epistemic = tf.reduce_mean(deviation[..., tf.newaxis] * deviation[..., tf.newaxis, :], axis=0)
-    return tf.reduce_mean(members.covariance(), axis=0), epistemic

@@ -18,10 +18,11 @@ from mdn.data.pipeline import evaluation_batches, training_batches
 from mdn.data.rows import Data, Rows
 from mdn.data.splits import draw_folds
 from mdn.density import DiagGaussianMixture, GaussianMixture, mixture_of
-from mdn.ensembles import Ensemble, split_covariance
+from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, MDNError
 from mdn.preparation import make_batches
 from mdn.training import InterruptedRunError, train
+from mdn.uncertainty import split_covariance
 
 RNG = np.random.default_rng(0)
 N, M, SEED = 120, 3, 5

@@ -12,10 +12,11 @@ import mdn
 from mdn import backbones, heads, losses
 from mdn.data.rows import Data, Rows
 from mdn.density import mixture_of
-from mdn.ensembles import Ensemble, split_covariance
+from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, RunError
 from mdn.export import export_saved_model
 from mdn.stacking import Stack, compare, stack, stacking_shares
+from mdn.uncertainty import split_covariance
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=[90, 2])
