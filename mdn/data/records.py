@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
+from mdn.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Block
 from mdn.data.files import SUFFIXES, find_files
+from mdn.data.first_pass import StreamOptions, open_stream
 from mdn.data.rows import Data
-from mdn.data.streams import BLOCK_BYTES, BLOCK_ROWS, Block, StreamOptions, open_stream
 from mdn.data.tabular import check_column
 from mdn.errors import DataError
 
@@ -79,7 +80,7 @@ class TFRecord:
 
 
 class TFRecordReader:
-    """Rows of TFRecord files: a `mdn.data.streams.Reader` whose pieces are the files.
+    """Rows of TFRecord files: a `mdn.data.blocks.Reader` whose pieces are the files.
 
     Args:
         source: the options.

@@ -295,8 +295,8 @@ class Parquet(Table):
         if not self.stream:
             return super().load()
         # Here, as these modules build on this one.
+        from mdn.data.first_pass import StreamOptions, open_stream
         from mdn.data.parquet import ParquetReader
-        from mdn.data.streams import StreamOptions, open_stream
 
         for option, usual in (("split", "random"), ("split_column", None), ("max_rows", None)):
             if (value := getattr(self, option)) != usual:
