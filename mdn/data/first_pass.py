@@ -16,7 +16,7 @@ import numpy as np
 
 from mdn.data.blocks import Block, Reader, Words, within
 from mdn.data.checks import FLOAT32_MAX, check_rows
-from mdn.data.rows import Data, Features, Rows
+from mdn.data.rows import Data, Features, Rows, Source
 from mdn.data.streams import Stream
 from mdn.errors import DataError
 
@@ -44,6 +44,13 @@ class StreamOptions:
     held_out_rows: int = 200_000
     sample_rows: int = 200_000
     shuffle_rows: int = 262_144
+
+    @classmethod
+    def of(cls, source: Source) -> StreamOptions:
+        """Return the options of a source, whose attributes have the same names."""
+        return cls(
+            **{field.name: getattr(source, field.name) for field in dataclasses.fields(cls)}
+        )
 
 
 def open_stream(reader: Reader, options: StreamOptions) -> Data:

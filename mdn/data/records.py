@@ -75,8 +75,7 @@ class TFRecord:
             DataError: a file, a list or a value cannot be used; the message says which.
         """
         reader = TFRecordReader(self, find_files(self.path, SUFFIXES["mdn.data.records.TFRecord"]))
-        names = [field.name for field in dataclasses.fields(StreamOptions)]
-        return open_stream(reader, StreamOptions(**{name: getattr(self, name) for name in names}))
+        return open_stream(reader, StreamOptions.of(self))
 
 
 class TFRecordReader:

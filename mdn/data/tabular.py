@@ -305,8 +305,7 @@ class Parquet(Table):
                     "data.stream=false"
                 )
         reader = ParquetReader(self, *self._choose())
-        names = [field.name for field in dataclasses.fields(StreamOptions)]
-        return open_stream(reader, StreamOptions(**{name: getattr(self, name) for name in names}))
+        return open_stream(reader, StreamOptions.of(self))
 
     def _read(self, file: Path, columns: list[str]) -> pd.DataFrame:
         with pyarrow.parquet.ParquetFile(file) as stream:
