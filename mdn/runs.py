@@ -54,7 +54,7 @@ class RunDirectory:
     def __init__(self, config: DictConfig, overrides: list[str] | None = None) -> None:
         self.config = config
         self.overrides = overrides or []
-        self.path = Path(config.output_dir or _new_path(config))
+        self.path = Path(config.output_dir or _new_path())
         self.overwrite = bool(config.overwrite)
         self.resumed = self._check()
 
@@ -224,7 +224,7 @@ def _git_revision() -> str | None:
     return head.stdout.strip() + ("+" if changed.returncode else "")
 
 
-def _new_path(config: DictConfig) -> Path:
+def _new_path() -> Path:
     now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
     return Path("runs") / now
 
