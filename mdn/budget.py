@@ -27,7 +27,11 @@ def train_steps(rows: int, batch: int) -> int:
 
 
 def settle(config: DictConfig, data: Data) -> DictConfig:
-    """Return the config with numbers in place of each `auto` of the trainer."""
+    """Return the config with numbers in place of each `auto` of the trainer.
+
+    Raises:
+        DataError: there are fewer rows than folds.
+    """
     config = copy.deepcopy(config)
     trainer = config.trainer
     rows = data.train_rows + (len(data.validation) if config.ensemble > 1 else 0)

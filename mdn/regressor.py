@@ -277,6 +277,9 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         Args:
             X: as for `fit`.
             quantiles: probabilities, above zero and below one.
+
+        Raises:
+            ConfigError: one is not.
         """
         levels = [float(q) for q in np.ravel(quantiles)]
         for level in levels:
@@ -296,6 +299,12 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         Args:
             X: as for `fit`.
             level: the probability of the interval.
+
+        Returns:
+            The lower and the upper ends, [N] each, or [N, D] where y had columns.
+
+        Raises:
+            ConfigError: the level is not above zero and below one.
         """
         if not 0.0 < level < 1.0:
             raise ConfigError(f"level={level}: must be a probability between 0 and 1")
@@ -313,6 +322,9 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         Args:
             X: as for `fit`.
             y: [N] or [N, D], in its own units.
+
+        Raises:
+            DataError: y has another number of targets than the model.
         """
         check_is_fitted(self)
         x, y = self._check_rows(X, y, reset=False)

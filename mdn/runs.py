@@ -94,7 +94,11 @@ class RunDirectory:
         return True
 
     def create(self) -> None:
-        """Make the directory with `.hydra/`; with `overwrite`, remove the run before."""
+        """Make the directory with `.hydra/`; with `overwrite`, remove the run before.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         try:
             if self.overwrite:
                 for name in (*CONTENTS, *EXPORTED):
@@ -124,7 +128,11 @@ class RunDirectory:
             handler.close()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file, whole or not at all.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         partial = self / f".{name}.partial"
         try:
             partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

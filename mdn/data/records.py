@@ -84,6 +84,9 @@ class TFRecordReader:
     Args:
         source: the options.
         files: in the order of the rows.
+
+    Raises:
+        DataError: there are no rows, or an option names a list that is not in the first of them.
     """
 
     lanes = 4
