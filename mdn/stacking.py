@@ -72,6 +72,7 @@ class Stack(Ensemble):
         # In a namespace, as Keras looks into what attributes hold.
         self._programs = types.SimpleNamespace()
         self._rebuild: Any = None
+        self._jitter = None  # which is for training alone
         self.built = True  # as its parts are
 
     @property
