@@ -193,13 +193,11 @@ def held_out_nll(
     Returns:
         [n] nats, and [n].
     """
+    rows = _held_out_rows(data, folds)
     if folds is None:
-        nll, rows = -model.log_prob(data.validation.x, data.validation.y), [data.validation]
+        nll = -model.log_prob(data.validation.x, data.validation.y)
     else:
         every, own = np.unique(folds, return_inverse=True)
-        n = len(data.train)
-        places = every[every < n], every[every >= n] - n
-        rows = [r.take(at) for r, at in zip((data.train, data.validation), places, strict=True)]
         log_prob: Any = [model.member_log_prob(r.x, r.y, cells=True) for r in rows if len(r)]
         log_prob = np.concatenate(log_prob)  # [N, M] or [N, T, M]
         held = np.zeros([len(every), len(folds)])
@@ -208,8 +206,24 @@ def held_out_nll(
         # What the others say of rows they learned from may not be finite.
         nll = -np.where(held > 0.0, log_prob, 0.0).sum(axis=-1) / held.sum(axis=-1)
     counted = np.concatenate([find_counted(r) for r in rows])
+    return nll[counted], held_out_weight(data, folds)
+
+
+def held_out_weight(data: Data, folds: np.ndarray | None = None) -> np.ndarray:
+    """Return the weights [n] of the rows whose NLL `held_out_nll` returns."""
+    rows = _held_out_rows(data, folds)
+    counted = np.concatenate([find_counted(r) for r in rows])
     weight = np.concatenate([np.ones(len(r)) if r.weight is None else r.weight for r in rows])
-    return nll[counted], weight[np.nonzero(counted)[0]]
+    return weight[np.nonzero(counted)[0]]
+
+
+def _held_out_rows(data: Data, folds: np.ndarray | None) -> list[Rows]:
+    """Return the validation rows; of folds, the train and the validation rows that are in any."""
+    if folds is None:
+        return [data.validation]
+    every, n = np.unique(folds), len(data.train)
+    places = every[every < n], every[every >= n] - n
+    return [r.take(at) for r, at in zip((data.train, data.validation), places, strict=True)]
 
 
 def select_components(

@@ -35,7 +35,7 @@ from mdn.plots import write_figures
 from mdn.preparation import compile_model, make_batches, member_folds
 from mdn.recipes import variants
 from mdn.runs import RunDirectory, provenance
-from mdn.selection import choose, held_out_nll
+from mdn.selection import choose, held_out_nll, held_out_weight
 from mdn.stacking import compare, stack
 from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task
@@ -298,12 +298,18 @@ def fit_candidates(
         The chosen model, its config and progress, and metrics of the choice.
     """
     folds = member_folds(config, data)
+    held_out = None if folds is None else folds[1]
     fitted: dict[int, Fitted] = {}
 
     def score(k: int) -> tuple[np.ndarray, np.ndarray]:
-        fitted[k] = _fit_one(_candidate(config, k), data, directory, prepare, f"k={k}")
+        try:
+            fitted[k] = _fit_one(_candidate(config, k), data, directory, prepare, f"k={k}")
+        except DivergedError as error:
+            log.warning("k=%d is left out: %s", k, error)
+            weight = held_out_weight(data, held_out)
+            return np.full(len(weight), np.inf), weight
         model: Any = fitted[k][0]
-        return held_out_nll(model, data, None if folds is None else folds[1])
+        return held_out_nll(model, data, held_out)
 
     selection = choose(score)
     figure = selection.figure()

@@ -10,6 +10,8 @@ import pytest
 
 import mdn
 from mdn import selection, training
+from mdn.callbacks.checkpoint import Progress
+from mdn.callbacks.guard import DivergedError
 from mdn.config import compose_config
 from mdn.data.rows import Data, Rows
 from mdn.runs import CONTENTS
@@ -158,6 +160,28 @@ def test_member_log_prob_has_a_column_for_each_member(tiny_data):
 
 
 # ---------------------------------------------------------------------- whole runs
+
+
+def test_a_candidate_that_diverges_is_left_out(tmp_path, tiny_data, monkeypatch):
+    def fit_one(config, *_):
+        k = config.model.components
+        if k == 2:
+            raise DivergedError("the loss became nan")
+        return k, config, Progress(seconds=1.0)
+
+    weight = tiny_data.validation.weight
+    weight = weight[weight > 0.0]
+    monkeypatch.setattr(training, "_fit_one", fit_one)
+    nll = {1: 2.0, 3: 1.0, 5: 1.0, 8: 1.0}
+    monkeypatch.setattr(
+        training, "held_out_nll", lambda k, *_: (np.full(len(weight), nll[k]), weight)
+    )
+    config = compose_config(["k=auto", "callbacks.tensorboard=null"])
+    model, _, _, notes = training.fit_candidates(config, tiny_data, tmp_path, None)
+    assert model == notes["selection/k"] == 3
+    assert notes["selection/n"] == 9
+    assert "selection/nll/2" not in notes
+    assert notes["selection/seconds"] == 4.0
 
 
 def run(directory, *overrides):
