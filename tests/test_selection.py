@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mdn
-from mdn import selection, training
+from mdn import losses, selection, training
 from mdn.callbacks.checkpoint import Progress
 from mdn.callbacks.guard import DivergedError
 from mdn.config import compose_config
@@ -148,6 +148,16 @@ def test_what_members_say_of_rows_they_learned_from_counts_nothing():
     rows, none = Rows(np.zeros([2, 1]), np.zeros([2, 1])), Rows(np.zeros([0, 1]), np.zeros([0, 1]))
     nll, _ = held_out_nll(model, Data(rows, none, none, (), ()), np.array([[0], [1]]))
     np.testing.assert_array_equal(nll, [1.0, 2.0])
+
+
+def test_cells_of_targets_on_a_grid_are_judged(tiny_data):
+    model = mdn.MDN(mdn.heads.Mixture(1, 2), mdn.backbones.MLP([4]))
+    model.adapt(tiny_data.train.x, tiny_data.train.y)
+    model._jitter = types.SimpleNamespace(step=[0.5])
+    rows = tiny_data.validation
+    nll, _ = held_out_nll(model, tiny_data)
+    expected = losses.CellNLL([0.5])(rows.y, model.predict_distribution(rows.x))
+    np.testing.assert_allclose(nll, expected.numpy()[rows.weight > 0.0], rtol=1e-5)
 
 
 def test_member_log_prob_has_a_column_for_each_member(tiny_data):
