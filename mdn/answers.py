@@ -37,6 +37,9 @@ class AnsweringModel(TrainedModel):
 
         Args:
             x: a mapping of columns, which becomes [N, C] float32; anything else is returned as is.
+
+        Raises:
+            DataError: an array of other features than the model has.
         """
         self._check_adapted()
         x = as_features(x)
@@ -101,6 +104,9 @@ class AnsweringModel(TrainedModel):
 
         Returns:
             The head's type, batch [N] or [N, T]; its `parameters` are NumPy arrays.
+
+        Raises:
+            DataError: there are no rows, or they have other features than the model.
         """
         parts = [density for _, density in self.densities(x, batch_size)]
         if not parts:

@@ -47,6 +47,9 @@ class MDN(AnsweringModel):
         embedding: of encoded features, such as `mdn.embeddings.PiecewiseLinear()`; or None.
         **kwargs: as for any Keras model.
 
+    Raises:
+        ConfigError: the head is none of `mdn.heads`.
+
     Called on x ([B, F], [B, T, F], or a mapping of columns [B]) it returns a density with batch
     [B] or [B, T] and event [D], in the units of y; see `mdn.density`.
     """

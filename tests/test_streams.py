@@ -16,8 +16,8 @@ import tf_keras
 import mdn
 from mdn.callbacks.checkpoint import Checkpoint
 from mdn.config import compose_config
+from mdn.data.first_pass import _draw
 from mdn.data.parquet import ParquetReader
-from mdn.data.streams import _draw
 from mdn.data.tabular import Parquet
 from mdn.errors import DataError
 from mdn.features import Columns, as_tensors

@@ -17,10 +17,11 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
+from mdn.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Block
 from mdn.data.examples import read_floats
 from mdn.data.files import SUFFIXES, find_files
+from mdn.data.first_pass import StreamOptions, open_stream
 from mdn.data.rows import Data
-from mdn.data.streams import BLOCK_BYTES, BLOCK_ROWS, Block, StreamOptions, open_stream
 from mdn.data.tabular import check_column
 from mdn.errors import DataError
 
@@ -78,16 +79,18 @@ class TFRecord:
             DataError: a file, a list or a value cannot be used; the message says which.
         """
         reader = TFRecordReader(self, find_files(self.path, SUFFIXES["mdn.data.records.TFRecord"]))
-        names = [field.name for field in dataclasses.fields(StreamOptions)]
-        return open_stream(reader, StreamOptions(**{name: getattr(self, name) for name in names}))
+        return open_stream(reader, StreamOptions.of(self))
 
 
 class TFRecordReader:
-    """Rows of TFRecord files: a `mdn.data.streams.Reader` whose pieces are the files.
+    """Rows of TFRecord files: a `mdn.data.blocks.Reader` whose pieces are the files.
 
     Args:
         source: the options.
         files: in the order of the rows.
+
+    Raises:
+        DataError: there are no rows, or an option names a list that is not in the first of them.
     """
 
     lanes = 4
