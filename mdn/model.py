@@ -19,6 +19,7 @@ from mdn import backbones, losses
 from mdn import jitter as jitters
 from mdn.answers import AnsweringModel
 from mdn.base import TrainedModel
+from mdn.constructors import check_model, import_trusted
 from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Features, Rows
 from mdn.data.splits import thin
@@ -433,21 +434,29 @@ class MDN(AnsweringModel):
             self._build_network(config["feature_rank"])
 
 
-def load(path: str | os.PathLike[str], compile: bool = True) -> Any:
+def load(path: str | os.PathLike[str], compile: bool = True, *, trust: Sequence[str] = ()) -> Any:
     """Return the model of a `.keras` file; nothing in the file can run code.
 
     Args:
         path: the file.
         compile: also restore the optimizer and the loss.
+        trust: "module.Class" of each class of the user's own that the file names, unless it is
+            registered with Keras already: its module is imported, and runs.
 
     Raises:
-        RunError: there is no such file, or it is not a model that mdn saved.
+        ConfigError: there is no class of a name in `trust`.
+        RunError: there is no such file, it is not a model that mdn saved, or it names a class that
+            is neither of mdn nor a harmless part of Keras.
     """
     path = Path(path)
     if not path.is_file():
         raise RunError(f"{path} does not exist: give a .keras file that mdn saved")
+    import_trusted(trust)
     try:
+        check_model(path, trust, compile)
         model = tf_keras.models.load_model(path, compile=compile, safe_mode=True)
+    except RunError:
+        raise
     except Exception as error:  # ZIP, JSON, HDF5 and Keras raise a dozen types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise RunError(

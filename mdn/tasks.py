@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -236,9 +235,8 @@ def build_model(config: DictConfig, data: Data) -> TrainedModel:
         fresh = task.build(config, data)
         if config.init_from is None:
             return fresh
-        # A registered class of the user's own can be loaded once its module is imported.
-        importlib.import_module(config.backbone._target_.rpartition(".")[0])
-        model = load(f"{config.init_from}/model.keras")
+        own = [config[part]._target_ for part in ("backbone", "embedding") if config.get(part)]
+        model = load(f"{config.init_from}/model.keras", trust=own)
         if isinstance(model, MDN):
             model.set_recalibration(None)  # of what it learned there
         if type(model) is not type(fresh):
