@@ -117,7 +117,7 @@ def check_model(
 
 
 def _refusal(where: str, names: list[str]) -> MDNError:
-    shown = [" ".join(name.split())[:100] for name in names]
+    shown = ["".join(c if c.isprintable() else "?" for c in name[:100]) for name in names[:5]]
     return RunError(
         f"{where} names {', '.join(shown)}, which is neither of mdn nor a harmless part of Keras, "
         "and to load it is to run it: if you know its code, allow it by name, with "
@@ -161,7 +161,7 @@ def _is_known(node: dict[str, Any]) -> bool:
         return name in _GRAPH_CLASSES and (
             name not in _CALLING or re.fullmatch(_COMPUTING, str(function)) is not None
         )
-    return name.isidentifier() and _PUBLIC.fullmatch(module) is not None
+    return _is_plain(name) and _PUBLIC.fullmatch(module) is not None
 
 
 def _is_function(name: Any, module: Any) -> bool:
@@ -171,8 +171,15 @@ def _is_function(name: Any, module: Any) -> bool:
         return False
     if _registered(name):
         return True
-    ours = not module or module == "builtins" or _PUBLIC.fullmatch(module) is not None
-    return ours and any(hasattr(getattr(tf_keras, home), name) for home in _FUNCTIONS)
+    if module not in (None, "builtins") and _PUBLIC.fullmatch(module) is None:
+        return False
+    homes = [getattr(tf_keras, home) for home in _FUNCTIONS]
+    return _is_plain(name) and any(hasattr(home, name) for home in homes)
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether this is the name of something public, not a path to it."""
+    return name.isidentifier() and not name.startswith("_")
 
 
 def _registered(name: str | None) -> bool:
@@ -185,6 +192,6 @@ def _is_class(name: str, module: str) -> bool:
     """Return whether a module of this package has such a class of its own."""
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except ImportError:
+    except (ImportError, ValueError):
         return False
     return isinstance(found, type) and found.__module__.startswith("mdn.")

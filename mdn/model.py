@@ -451,6 +451,8 @@ def load(path: str | os.PathLike[str], compile: bool = True, *, trust: Sequence[
     path = Path(path)
     if not path.is_file():
         raise RunError(f"{path} does not exist: give a .keras file that mdn saved")
+    if path.suffix != ".keras":  # of other files Keras has readers that run what is in them
+        raise RunError(f"{path} is no .keras file by its name: give one that mdn saved")
     import_trusted(trust)
     try:
         check_model(path, trust, compile)

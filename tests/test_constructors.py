@@ -173,6 +173,7 @@ def test_what_data_of_a_run_would_call(data, original, tmp_path, monkeypatch):
 # What Keras, though in its safe mode, would import, find or call.
 HARMFUL = {
     "import": {"module": "antigravity", "class_name": "Net"},
+    "hidden": {"module": "keras.activations", "class_name": "function", "config": "__loader__"},
     "builtin": {"module": "builtins", "class_name": "function", "config": "exec"},
     "function": {"module": "os", "class_name": "function", "config": "system"},
     "download": {"module": "keras.utils", "class_name": "function", "config": "get_file"},
@@ -212,6 +213,12 @@ def test_what_a_model_may_not_name(part, original, tmp_path):
         mdn.load(path)
     assert "\n" not in str(error.value)
     assert "antigravity" not in sys.modules
+
+
+def test_files_that_keras_reads_in_other_ways_are_refused(original, tmp_path):
+    path = shutil.copy(original / "model.keras", tmp_path / "model.h5")
+    with pytest.raises(RunError, match=r"model\.h5 is no \.keras file by its name"):
+        mdn.load(path)
 
 
 def test_optimizer_of_a_foreign_hand_is_not_looked_at_without_need(original, tmp_path):
