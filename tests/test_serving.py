@@ -13,6 +13,7 @@ import hypothesis
 import numpy as np
 import pytest
 import schemathesis
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from scipy import stats
 from starlette.testclient import TestClient
 from tensorflow_probability import distributions as tfd
@@ -441,7 +442,7 @@ def test_warm_up_asks_every_signature(case, served, monkeypatch):
 # ---------------------------------------------------------------------- documents
 
 # Those that a document cannot meet: it cannot state that columns have equally many rows.
-UNMET = [schemathesis.checks.positive_data_acceptance]
+UNMET = [positive_data_acceptance]
 SLOW = list(hypothesis.HealthCheck)
 
 
