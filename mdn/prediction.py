@@ -238,7 +238,8 @@ class _Answerer:
         log_prob = np.empty([block.rows], dtype)
         for rows, (some, density) in self.program([x, y.astype(dtype)], self.batch_size):
             moments[rows], log_prob[rows] = some, density
-        lacking = self._lacking(x)
+        found = self.model.lacking(x)
+        lacking = np.zeros(len(x), bool) if found is None else found.numpy()
         columns = {
             name: pa.array(column, mask=lacking)
             for name, column in zip(self.columns, moments.reshape([block.rows, -1]).T, strict=True)
@@ -260,12 +261,6 @@ class _Answerer:
             *(n for n in columns if n not in block.kept.column_names),
         ]
         return pa.table({name: columns[name] for name in order}), counts
-
-    def _lacking(self, x: np.ndarray) -> np.ndarray:
-        """Return which rows lack a number, where no train row did: [n]."""
-        if self.model.missing != "error":
-            return np.zeros(len(x), bool)
-        return np.isnan(x).any(axis=1)
 
     def _unseen(self, block: TableBlock, codes: np.ndarray) -> dict[str, int]:
         """Return how many rows have a category without a slot, by column; those with any."""

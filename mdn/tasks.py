@@ -22,7 +22,7 @@ from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, RunError
 from mdn.evaluation import evaluate, evaluate_members, mean_gain
 from mdn.export import export_saved_model, export_vae
-from mdn.features import Columns
+from mdn.features import Columns, Standardize
 from mdn.figures import write_figures
 from mdn.model import MDN, load
 from mdn.plots import save_plots
@@ -98,13 +98,13 @@ class DensityTask:
                 f"init_from={config.init_from} takes the features {was}, and these data have "
                 f"{now}: use the same features"
             )
-        known = getattr(model.encoder, "missing", "indicator")
-        if data.missing == "indicator" and known == "error":
+        standardized = isinstance(model.encoder, Standardize)
+        if data.missing == "indicator" and standardized and model.encoder.missing == "error":
             raise RunError(
                 f"init_from={config.init_from} was trained without missing features: "
                 "use data.missing=error"
             )
-        model.missing = data.missing
+        model.set_missing(data.missing)
         model.head.grid = fresh.head.grid
         model.column_names = fresh.column_names
 

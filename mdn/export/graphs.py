@@ -22,6 +22,7 @@ from mdn.density.gaussian import LOG_2_PI
 from mdn.density.transformed import to_base
 from mdn.ensembles import Ensemble
 from mdn.export.saved_model import feature_specs
+from mdn.export.signatures import where_rows
 from mdn.features import Columns
 from mdn.model import MDN
 from mdn.stacking import Stack
@@ -62,7 +63,8 @@ def portable_functions(model: MDN, groups: Sequence[Group]) -> dict[str, Any]:
     - `log_prob`: the features and `y` [B, D], nothing missing, to `log_prob` [B], nats.
 
     The features are `x` [B, F], or one [B] for each raw column. Where targets are transformed, the
-    parameters are in units of the transformed ones.
+    parameters are in units of the transformed ones. A row that lacks a number which no train row
+    lacked has NaN for answers.
 
     Args:
         model: what is asked.
@@ -82,7 +84,11 @@ def portable_functions(model: MDN, groups: Sequence[Group]) -> dict[str, Any]:
         return {name: tf.concat([part[name] for part in parts], axis=1) for name in parts[0]}
 
     def params(x: Any) -> dict[str, tf.Tensor]:
-        return _with_triangle(tensors(x))
+        found = _with_triangle(tensors(x))
+        lacking = model.lacking(x)
+        if lacking is None:
+            return found
+        return {name: where_rows(lacking, np.nan, value) for name, value in found.items()}
 
     def log_prob(x: Any, y: tf.Tensor) -> dict[str, tf.Tensor]:
         if (bijector := model.head.bijector) is None:
@@ -93,6 +99,8 @@ def portable_functions(model: MDN, groups: Sequence[Group]) -> dict[str, Any]:
             value = tf.where(inside, value, -np.inf)
         # Runtimes differ in what the maximum of NaN is.
         missing = tf.reduce_any(tf.math.is_nan(y), axis=-1)
+        if (lacking := model.lacking(x)) is not None:
+            missing |= lacking
         return {"log_prob": tf.where(missing, np.nan, value)}
 
     x = feature_specs(model)

@@ -224,12 +224,10 @@ def example_rows(model: MDN, rows: int = ROWS) -> tuple[Any, np.ndarray]:
     encoder = model.encoder
     if isinstance(encoder, Columns):
         mean, scale = np.array([[column.mean, column.scale] for column in encoder.columns]).T
-        missing = True
     else:
         mean, scale = encoder.mean.numpy(), 1.0 / encoder.inverse_scale.numpy()
-        missing = encoder.missing == "indicator"
     x: Any = (mean + scale * rng.normal(size=[rows, len(mean)])).astype(np.float32)  # [N, F]
-    if missing:
+    if model.missing == "indicator":
         x[rng.random(x.shape) < ABSENT] = np.nan
     if isinstance(encoder, Columns):
         x = dict(zip(encoder.names, x.T, strict=True))
