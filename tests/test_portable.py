@@ -261,6 +261,23 @@ class Here(Format):
         return answer
 
 
+def test_a_recalibrated_stack_is_written(tmp_path):
+    """What is written is compared with the model; here without a converter."""
+    model, x = make("stacked")
+    x, form = rows(x, 50), Here()
+    before = model.predict_distribution(x).log_prob(Y[:50, :2].astype(np.float32))
+    model.set_recalibration(Recalibration((0.2, -0.1), (1.2, 0.8), 0.7))
+    try:
+        folder = export_portable(form, model, tmp_path / "model")
+        expected = model.predict_distribution(x).log_prob(Y[:50, :2].astype(np.float32))
+    finally:
+        model.set_recalibration(None)
+    answer = form.load(folder / "log_prob.here")
+    found = answer({"x": x, "y": Y[:50, :2].astype(np.float32)})["log_prob"]
+    assert_close(found, expected.numpy())
+    assert np.abs(found - before).min() > 1e-3
+
+
 @pytest.mark.parametrize("missing", ["error", "indicator"])
 def test_a_missing_number_that_no_train_row_lacked_is_the_same_everywhere(missing, tmp_path):
     """Without indicators its row has no answer, with them it has that of the mean."""

@@ -71,17 +71,28 @@ def portable_functions(model: MDN, groups: Sequence[Group]) -> dict[str, Any]:
         groups: of `groups_of`; as long as the functions live, as they hold no variables.
     """
 
+    members = len(groups[0].members)
+    # Of the head's own its densities know already.
+    recalibration = model.recalibration if isinstance(model, Stack) else None
+
     def tensors(x: Any) -> dict[str, tf.Tensor]:
-        codes, parts = _codes(model, x), []
+        codes = _codes(model, x)
         features = [group.model.features(codes) for group in groups]
-        for m in range(len(groups[0].members)):  # in the order of `mdn.stacking.Stack`
-            for group, own in zip(groups, features, strict=True):
-                part = _stated(group.members[m], own)
-                if isinstance(model, Ensemble):
-                    share = group.share / len(group.members)
-                    part["logits"] = tf.nn.log_softmax(part["logits"]) + math.log(share)
-                parts.append(part)
-        return {name: tf.concat([part[name] for part in parts], axis=1) for name in parts[0]}
+        return _beside([member(m, features) for m in range(members)])
+
+    def member(m: int, features: list[tf.Tensor]) -> dict[str, tf.Tensor]:
+        parts = []
+        for group, own in zip(groups, features, strict=True):
+            part = _stated(group.members[m], own)
+            if isinstance(model, Ensemble):
+                share = math.log(group.share / members)
+                part["logits"] = tf.nn.log_softmax(part["logits"]) + share
+            parts.append(part)
+        mixture = _beside(parts)
+        if recalibration is not None:
+            mixture = recalibration.apply_to(mixture, mixture["loc"].dtype)
+            mixture["logits"] = tf.nn.log_softmax(mixture["logits"]) - math.log(members)
+        return mixture
 
     def params(x: Any) -> dict[str, tf.Tensor]:
         found = _with_triangle(tensors(x))
@@ -132,6 +143,13 @@ def _stated(model: MDN, features: tf.Tensor) -> dict[str, tf.Tensor]:
         return tensors
     parts = {name: tf.expand_dims(tensor, 1) for name, tensor in tensors.items()}
     return {"logits": tf.zeros_like(parts["loc"][..., 0]), **parts}
+
+
+def _beside(parts: list[dict[str, tf.Tensor]]) -> dict[str, tf.Tensor]:
+    """Return the tensors of mixtures with the components of all, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: tf.concat([part[name] for part in parts], axis=1) for name in parts[0]}
 
 
 def _with_triangle(tensors: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:

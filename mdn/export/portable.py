@@ -33,7 +33,6 @@ from mdn.export.saved_model import (
 )
 from mdn.features import Columns
 from mdn.model import MDN
-from mdn.stacking import Stack
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +88,6 @@ def check_portable(model: Any, form: str) -> None:
 def _why_not(model: Any) -> str | None:
     if not isinstance(model, MDN):
         return f"a {type(model).__name__} has no p(y | x)"
-    if isinstance(model, Stack) and model.recalibration is not None:
-        return "the members of a recalibrated stack are mixtures, which is not written yet"
     rank = model.get_build_config()["feature_rank"]
     if rank is None:
         return "the model has no scaling yet: call model.adapt(x, y) on train rows first"
