@@ -20,18 +20,13 @@ from mdn.config import make
 from mdn.constructors import check_constructors
 from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Data, Rows
-from mdn.data.schema import TableReader, column_of
+from mdn.data.schema import column_of
 from mdn.errors import ConfigError, DataError, RunError
 from mdn.export import directory_size, export_litert, export_onnx
+from mdn.inputs import open_rows
 from mdn.model import load
 from mdn.options import FITTED, GENERATIVE
-from mdn.prediction import (
-    QUANTILES,
-    Prediction,
-    file_identity,
-    predict_file,
-    schema_of,
-)
+from mdn.prediction import QUANTILES, Prediction, file_identity, predict_file
 from mdn.runs import check_run, read_config
 from mdn.tasks import get_task
 
@@ -71,8 +66,9 @@ def data_of(
     Args:
         model: of the run.
         config: of the run.
-        table: a CSV or Parquet file with targets, a folder or a glob: all of its rows then are
-            test rows, and the baseline is fitted to them too. None: the data of the run itself.
+        table: a CSV or Parquet file with targets, or an `.npz` file of arrays, a folder or a glob:
+            all of its rows then are test rows, and the baseline is fitted to them too. None: the
+            data of the run itself.
         trust: "module.Class" of a source of the user's own.
 
     Raises:
@@ -85,11 +81,14 @@ def data_of(
         return make(config, "data", **({"missing": "indicator"} if ignored else {})).load()
     name = config.data.get("weight")
     weighted = isinstance(name, str)
-    reader = TableReader(schema_of(model), table, keep=[name] if weighted else (), known=True)
+    keep = [name] if weighted else []
+    reader = open_rows(model, table, keep, known=True, keys=_keys(config))
     blocks = list(reader.blocks())
     if not blocks:
-        raise DataError(f"{table} has column names but no rows: give a file with rows")
+        raise DataError(f"{table} {reader.empty}: give a file with rows")
     parts: list[Any] = [block.x for block in blocks]
+    if len({np.shape(part)[1:] for part in parts}) > 1:
+        raise DataError(f"{table} has sequences of several lengths: judge them file by file")
     if isinstance(parts[0], dict):
         x: Any = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     else:
@@ -116,10 +115,16 @@ def predict_run(
     **options: Any,
 ) -> Prediction:
     """Write the answers of a run for each row of a table; see `mdn.prediction.predict_file`."""
-    model, _ = load_run(run, trust=trust)
+    model, config = load_run(run, trust=trust)
     identity = file_identity(Path(run) / "model.keras")
     quantiles = QUANTILES if quantiles is None else quantiles
-    return predict_file(model, table, output, quantiles=quantiles, identity=identity, **options)
+    options = {"quantiles": quantiles, "identity": identity, "keys": _keys(config), **options}
+    return predict_file(model, table, output, **options)
+
+
+def _keys(config: DictConfig) -> tuple[str, str]:
+    """Return what x and y are called in the arrays of a run."""
+    return config.data.get("x_key", "x"), config.data.get("y_key", "y")
 
 
 def evaluate_run(

@@ -109,6 +109,7 @@ def predict(run: str, data: str, output: str, **options: Any) -> None:
 
     Writes mean, standard deviation and quantiles of each target, and log_prob (nats) where a
     target is known. DATA may be of any size; a killed command, given again, goes on where it was.
+    Runs of sequences, and others of arrays, take .npz files like those they were trained on.
 
     \b
     Example:
@@ -140,7 +141,8 @@ def predict(run: str, data: str, output: str, **options: Any) -> None:
 def evaluate(run: str, data: str | None, output: str | None, trust: tuple[str, ...]) -> None:
     """Judge a run on the rows of DATA, or on its own test rows.
 
-    DATA is a CSV or Parquet file with targets, a folder of them, or a glob.
+    DATA is a CSV or Parquet file with targets (of a run of arrays an .npz file), a folder of them,
+    or a glob.
 
     \b
     Example:
@@ -265,9 +267,9 @@ def _check(run: str, data: str | None = None) -> None:
 
     check_run(run)
     if data is not None:
-        from mdn.data.schema import find_tables
+        from mdn.data.schema import find_rows
 
-        find_tables(data)
+        find_rows(data)
 
 
 def _import(alone: bool = False) -> None:
