@@ -123,22 +123,13 @@ def export_portable(
 ) -> Path:
     """Write `params` and `log_prob` of a model, a file each, and `mdn.json`, which describes them.
 
-    Args:
-        form: of the files.
-        model: an adapted model; dropout is off in what is written.
-        path: a directory that does not exist yet.
-        overwrite: replace such a directory at `path`, once the new one is whole.
-        targets: the D names of y, for `mdn.json`; by default those that the model knows.
-        config: of the run, for `mdn.json`.
-
-    Returns:
-        The path.
+    The arguments but `form`, of the files, and what is returned, are those of
+    `mdn.export.export_saved_model`.
 
     Raises:
-        ConfigError: there are not D targets, the model or the converter cannot do a part, or a
-            package is not installed.
-        RunError: the files answer otherwise than the model, something else is at `path`, or
-            nothing can be written there; what was there before is then untouched.
+        ConfigError: also where the model or the converter cannot do a part, or a package is not
+            installed.
+        RunError: also where the files answer otherwise than the model.
     """
     check_path(path, overwrite, f"params{form.suffix}")
     check_portable(model, form.name)
