@@ -15,21 +15,15 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+import mdn
+from benchmarks.speed.workloads import WORKLOADS
 from mdn.cli.quiet import import_tensorflow
-
-import_tensorflow()
-
-import tensorflow as tf  # noqa: E402
-import tf_keras  # noqa: E402
-
-import mdn  # noqa: E402
-from benchmarks.speed.workloads import WORKLOADS  # noqa: E402
-from mdn.export import export_litert, export_onnx, export_saved_model  # noqa: E402
 
 MEMBERS = 5
 MODELS = ("mixture", f"ensemble of {MEMBERS}")
@@ -52,6 +46,8 @@ class Latency(NamedTuple):
 
 def make_model(name: str, rows: int = 2048) -> tuple[Any, np.ndarray]:
     """Return a model of the sizes of workload M with its starting weights, and x [N, F]."""
+    import tf_keras
+
     workload = WORKLOADS["M"]
     rng = np.random.default_rng(0)
     x = rng.normal(size=[rows, workload.features]).astype(np.float32)
@@ -68,6 +64,11 @@ def make_model(name: str, rows: int = 2048) -> tuple[Any, np.ndarray]:
 
 def contenders(model: Any, folder: Path) -> dict[str, Ask]:
     """Return what answers for rows [B, F], by the name in the table."""
+    import tensorflow as tf
+    import tf_keras
+
+    from mdn.export import export_litert, export_onnx, export_saved_model
+
     saved = tf.saved_model.load(str(export_saved_model(model, folder / "saved_model")))
     signature = saved.signatures["params"]
 
@@ -151,6 +152,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--output", type=Path, help="also write the Markdown to this file")
     options = parser.parse_args()
+    import_tensorflow()
     load = os.getloadavg()[0]
     found = {}
     for name in options.models.split(","):
@@ -168,7 +170,7 @@ def main() -> None:
         f"{size.components}, two layers of {size.widths[0]}: the parameters of the mixture, or "
         f"its mean where `predict` is asked. {options.calls:,} calls of each, in turn; LiteRT and "
         f"ONNX Runtime on one thread. {os.cpu_count()} cores ({platform.machine()}), TensorFlow "
-        f"{tf.__version__}. Load before the start: {load:.1f}{BUSY if load > 0.5 else ''}. "
+        f"{version('tensorflow')}. Load before the start: {load:.1f}{BUSY if load > 0.5 else ''}. "
         "Made by `python -m benchmarks.latency --output docs/benchmarks/latency.md`.\n\n"
         f"{table(found)}\n"
     )

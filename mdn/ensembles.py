@@ -483,6 +483,6 @@ class Ensemble(MDN):
             for name in PARTS
         }
         model = cls(MDN(**parts), members=config["members"], name=config["name"])
-        model.missing = config["missing"]
+        model.set_missing(config["missing"])
         model.restore_names(config)
         return model

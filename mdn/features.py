@@ -176,23 +176,29 @@ class Columns(tf_keras.layers.Layer):
 
     There are two stages, since XLA compiles no strings: `codes` looks categories up and scales
     numbers, and `call` takes either the columns or their codes to the matrix. The columns of F'
-    are the numbers (0, the mean, where missing), an indicator for each number that was missing in
-    a train row, and a one-hot vector for each category, whose slot 0 is unknown or missing.
+    are the numbers, an indicator for each number that was missing in a train row, and a one-hot
+    vector for each category, whose slot 0 is unknown or missing.
 
     Args:
         max_categories: how many of a column's categories have a slot; the rarer are unknown.
         columns: what `adapt` found, in the order of the codes.
+        missing: "error": a missing number stays NaN. "indicator": it becomes 0 (the mean).
+            `MDN.adapt` sets it.
     """
 
     def __init__(
         self,
         max_categories: int = 256,
         columns: Sequence[Column | Mapping[str, Any]] = (),
+        missing: str = "indicator",
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("dtype", "float32")
         super().__init__(autocast=False, **kwargs)  # numbers are centred before they are cast
+        if missing not in MISSING:
+            raise ValueError(f"missing={missing!r} is not one of {', '.join(MISSING)}")
         self.max_categories = max_categories
+        self.missing = missing
         self._set([c if isinstance(c, Column) else Column(**c) for c in columns])
 
     def _set(self, columns: list[Column]) -> None:
@@ -264,7 +270,7 @@ class Columns(tf_keras.layers.Layer):
         numbers = [i for i, c in enumerate(self.columns) if c.vocabulary is None]
         flagged = [i for i in numbers if self.columns[i].missing]
         absent = tf.math.is_nan(codes)
-        known = tf.where(absent, 0.0, codes)
+        known = codes if self.missing == "error" else tf.where(absent, 0.0, codes)
         parts = [
             tf.gather(known, tf.constant(numbers, tf.int32), axis=1),
             tf.cast(tf.gather(absent, tf.constant(flagged, tf.int32), axis=1), tf.float32),
@@ -281,7 +287,8 @@ class Columns(tf_keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         columns = [dataclasses.asdict(column) for column in self.columns]
-        return {**config, "max_categories": self.max_categories, "columns": columns}
+        own = {"max_categories": self.max_categories, "columns": columns, "missing": self.missing}
+        return {**config, **own}
 
 
 def as_tensors(columns: Mapping[str, np.ndarray]) -> dict[str, tf.Tensor]:

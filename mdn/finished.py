@@ -5,7 +5,6 @@ Shape letters: N rows, D targets.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,72 +17,78 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mdn.callbacks.checkpoint import read_history
 from mdn.config import make
+from mdn.constructors import check_constructors
 from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Data, Rows
-from mdn.data.schema import TableReader, column_of
+from mdn.data.schema import column_of
 from mdn.errors import ConfigError, DataError, RunError
 from mdn.export import directory_size, export_litert, export_onnx
+from mdn.inputs import open_rows
 from mdn.model import load
 from mdn.options import FITTED, GENERATIVE
-from mdn.prediction import (
-    QUANTILES,
-    Prediction,
-    file_identity,
-    predict_file,
-    schema_of,
-)
+from mdn.prediction import QUANTILES, Prediction, file_identity, predict_file
 from mdn.runs import check_run, read_config
 from mdn.tasks import get_task
 
 FORMATS = ("saved_model", "litert", "onnx")
 
 
-def load_run(run: str | os.PathLike[str]) -> tuple[Any, DictConfig]:
-    """Return the model and the config of a run.
+def load_run(run: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> tuple[Any, DictConfig]:
+    """Return the model and the config of a run; nothing in the run can run code.
+
+    Args:
+        run: the run directory.
+        trust: as for `mdn.load`.
 
     Raises:
-        RunError: there is no run, or it has no model.
+        ConfigError: there is no class of a name in `trust`.
+        RunError: there is no run, it has no model, or that names a class that may not be loaded.
     """
     folder = check_run(run)
     config: Any = read_config(folder)
     try:
         fitted = config.model._target_ == FITTED
-        # A registered class of the user's own can be loaded once its module is imported.
-        for part in () if fitted else ("backbone", "embedding"):
-            if config.get(part) is not None:
-                importlib.import_module(config[part]._target_.rpartition(".")[0])
-    except (AttributeError, TypeError, ValueError, OmegaConfBaseException, ImportError) as error:
+    except (AttributeError, OmegaConfBaseException) as error:
         raise RunError(f"{run} cannot be read: {' '.join(str(error).split())}") from error
     if fitted:
         raise RunError(
             f"{run} is a fit without features (model=distribution): its saved_model/ answers, "
             "and there is nothing to predict from"
         )
-    return load(folder / "model.keras", compile=False), config
+    return load(folder / "model.keras", compile=False, trust=trust), config
 
 
-def data_of(model: Any, config: DictConfig, table: str | None) -> Data:
+def data_of(
+    model: Any, config: DictConfig, table: str | None, *, trust: Sequence[str] = ()
+) -> Data:
     """Return the rows to judge a model on.
 
     Args:
         model: of the run.
         config: of the run.
-        table: a CSV or Parquet file with targets, a folder or a glob: all of its rows then are
-            test rows, and the baseline is fitted to them too. None: the data of the run itself.
+        table: a CSV or Parquet file with targets, or an `.npz` file of arrays, a folder or a glob:
+            all of its rows then are test rows, and the baseline is fitted to them too. None: the
+            data of the run itself.
+        trust: "module.Class" of a source of the user's own.
 
     Raises:
         DataError: they cannot be used.
+        RunError: the run's own source is neither of mdn nor in `trust`.
     """
     if table is None:
+        check_constructors(config, "data", trust)
         ignored = config.model._target_ == GENERATIVE and "missing" in config.data
         return make(config, "data", **({"missing": "indicator"} if ignored else {})).load()
     name = config.data.get("weight")
     weighted = isinstance(name, str)
-    reader = TableReader(schema_of(model), table, keep=[name] if weighted else (), known=True)
+    keep = [name] if weighted else []
+    reader = open_rows(model, table, keep, known=True, keys=_keys(config))
     blocks = list(reader.blocks())
     if not blocks:
-        raise DataError(f"{table} has column names but no rows: give a file with rows")
+        raise DataError(f"{table} {reader.empty}: give a file with rows")
     parts: list[Any] = [block.x for block in blocks]
+    if len({np.shape(part)[1:] for part in parts}) > 1:
+        raise DataError(f"{table} has sequences of several lengths: judge them file by file")
     if isinstance(parts[0], dict):
         x: Any = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     else:
@@ -106,19 +111,28 @@ def predict_run(
     output: str | os.PathLike[str],
     *,
     quantiles: Sequence[float] | None = None,
+    trust: Sequence[str] = (),
     **options: Any,
 ) -> Prediction:
     """Write the answers of a run for each row of a table; see `mdn.prediction.predict_file`."""
-    model, _ = load_run(run)
+    model, config = load_run(run, trust=trust)
     identity = file_identity(Path(run) / "model.keras")
     quantiles = QUANTILES if quantiles is None else quantiles
-    return predict_file(model, table, output, quantiles=quantiles, identity=identity, **options)
+    options = {"quantiles": quantiles, "identity": identity, "keys": _keys(config), **options}
+    return predict_file(model, table, output, **options)
+
+
+def _keys(config: DictConfig) -> tuple[str, str]:
+    """Return what x and y are called in the arrays of a run."""
+    return config.data.get("x_key", "x"), config.data.get("y_key", "y")
 
 
 def evaluate_run(
     run: str | os.PathLike[str],
     table: str | None = None,
     output: str | os.PathLike[str] | None = None,
+    *,
+    trust: Sequence[str] = (),
 ) -> dict[str, float]:
     """Return the metrics of a run on its own test rows, or on those of a table; see `data_of`.
 
@@ -126,9 +140,10 @@ def evaluate_run(
         run: the run directory.
         table: as for `data_of`.
         output: a JSON file for the metrics.
+        trust: as for `load_run` and `data_of`.
     """
-    model, config = load_run(run)
-    metrics = get_task(config).score(model, data_of(model, config, table))
+    model, config = load_run(run, trust=trust)
+    metrics = get_task(config).score(model, data_of(model, config, table, trust=trust))
     if output is not None:
         try:
             Path(output).write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
@@ -141,6 +156,8 @@ def plot_run(
     run: str | os.PathLike[str],
     table: str | None = None,
     output: str | os.PathLike[str] | None = None,
+    *,
+    trust: Sequence[str] = (),
 ) -> list[Path]:
     """Draw the pictures of a run anew, of its own test rows or of those of a table.
 
@@ -148,13 +165,14 @@ def plot_run(
         run: the run directory.
         table: as for `data_of`.
         output: a folder; by default `plots/` of the run.
+        trust: as for `load_run` and `data_of`.
 
     Returns:
         The files.
     """
-    model, config = load_run(run)
+    model, config = load_run(run, trust=trust)
     folder = Path(run) / "plots" if output is None else Path(output)
-    data = data_of(model, config, table)
+    data = data_of(model, config, table, trust=trust)
     get_task(config).judge(model, data, read_history(Path(run) / "checkpoints"), folder)
     return sorted(folder.glob("*.png"))
 
@@ -164,6 +182,8 @@ def export_run(
     form: str = "saved_model",
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    *,
+    trust: Sequence[str] = (),
 ) -> Path:
     """Write an artefact of a run, and return its path.
 
@@ -172,6 +192,7 @@ def export_run(
         form: one of `FORMATS`.
         output: where to; by default the format's name in the run directory.
         overwrite: replace what is there, once the new artefact is whole.
+        trust: as for `load_run`.
 
     Raises:
         ConfigError: the format is unknown, or cannot hold the model.
@@ -183,7 +204,7 @@ def export_run(
     check_run(run)
     if path.exists() and not overwrite:
         raise RunError(f"{path} exists: give another --output, or --overwrite")
-    model, config = load_run(run)
+    model, config = load_run(run, trust=trust)
     if form == "saved_model":
         get_task(config).export(model, path, config, overwrite)
         return path

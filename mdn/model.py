@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mdn import backbones, losses
 from mdn import jitter as jitters
 from mdn.answers import AnsweringModel
 from mdn.base import TrainedModel
+from mdn.constructors import check_model, import_trusted
 from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Features, Rows
 from mdn.data.splits import thin
@@ -89,25 +90,56 @@ class MDN(AnsweringModel):
         Args:
             x: [N, F], [N, T, F], or a mapping from column name to [N].
             y: [N, D] or [N, T, D] in the user's units; NaN marks a missing entry.
-            missing: "error" refuses missing features; "indicator" fills them with the mean and
-                tells the network so. Ignored where the model was given an encoder.
+            missing: "error" refuses missing features, and answers NaN for a row that lacks a
+                number; "indicator" fills them with the mean and tells the network so. Ignored
+                where the model was given `Standardize`.
             seed: of the head's k-means start.
 
         Raises:
             DataError: rows that no density can be fitted to, see `mdn.data.checks`.
         """
         x, y = as_features(x), np.asarray(y)
-        if missing == "indicator" and getattr(self.encoder, "missing", missing) == "error":
+        standardized = isinstance(self.encoder, Standardize)
+        if missing == "indicator" and standardized and self.encoder.missing == "error":
             raise DataError("the model was made for missing='error': make a new one to adapt")
         if self.encoder is None:
             self.encoder = Columns() if isinstance(x, dict) else Standardize(missing)
-        self.missing = missing
+        if isinstance(self.encoder, Standardize):
+            missing = self.encoder.missing
+        self.set_missing(missing)
         check_rows(x, y, missing)
         self.encoder.adapt(x)
         if self.embedding is not None:
             self.embedding.adapt(self._encoded(x))
         self.head.adapt(self.known_targets(x, y), seed=seed)
         self._build_network(2 if isinstance(x, dict) else x.ndim)
+
+    def set_missing(self, missing: str) -> None:
+        """Take what is done with a missing feature, see `adapt`."""
+        self.missing = missing
+        if isinstance(self.encoder, Columns):
+            self.encoder.missing = missing
+
+    def lacking(self, x: Any) -> tf.Tensor | None:
+        """Return which rows have no answer, [B]: they lack a number that no train row lacked.
+
+        Args:
+            x: [B, F], or columns [B], or their codes [B, C].
+
+        Returns:
+            None where there is no such row: the model fills what is missing, reads no feature, or
+            takes sequences.
+        """
+        if self.missing != "error" or self._feature_rank != 2:
+            return None
+        if isinstance(self.backbone, backbones.Constant):
+            return None
+        if isinstance(x, Mapping):
+            numbers = [c.name for c in self.encoder.columns if c.vocabulary is None]
+            if not numbers:
+                return None
+            x = tf.stack([tf.cast(tf.reshape(x[n], [-1]), tf.float32) for n in numbers], axis=-1)
+        return tf.reduce_any(tf.math.is_nan(x), axis=-1)
 
     def known_targets(self, x: Features, y: np.ndarray) -> np.ndarray:
         """Return y with NaN for whatever stands in padded steps of [N, T, F] and [N, T, D]."""
@@ -415,7 +447,7 @@ class MDN(AnsweringModel):
             for name in PARTS
         }
         model = cls(name=config["name"], **parts)
-        model.missing = config["missing"]
+        model.set_missing(config["missing"])
         model.restore_names(config)
         return model
 
@@ -427,21 +459,31 @@ class MDN(AnsweringModel):
             self._build_network(config["feature_rank"])
 
 
-def load(path: str | os.PathLike[str], compile: bool = True) -> Any:
+def load(path: str | os.PathLike[str], compile: bool = True, *, trust: Sequence[str] = ()) -> Any:
     """Return the model of a `.keras` file; nothing in the file can run code.
 
     Args:
         path: the file.
         compile: also restore the optimizer and the loss.
+        trust: "module.Class" of each class of the user's own that the file names, unless it is
+            registered with Keras already: its module is imported, and runs.
 
     Raises:
-        RunError: there is no such file, or it is not a model that mdn saved.
+        ConfigError: there is no class of a name in `trust`.
+        RunError: there is no such file, it is not a model that mdn saved, or it names a class that
+            is neither of mdn nor a harmless part of Keras.
     """
     path = Path(path)
     if not path.is_file():
         raise RunError(f"{path} does not exist: give a .keras file that mdn saved")
+    if path.suffix != ".keras":  # of other files Keras has readers that run what is in them
+        raise RunError(f"{path} is no .keras file by its name: give one that mdn saved")
+    import_trusted(trust)
     try:
+        check_model(path, trust, compile)
         model = tf_keras.models.load_model(path, compile=compile, safe_mode=True)
+    except RunError:
+        raise
     except Exception as error:  # ZIP, JSON, HDF5 and Keras raise a dozen types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise RunError(

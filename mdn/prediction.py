@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -26,11 +27,12 @@ import tensorflow as tf
 import tf_keras
 
 import mdn
+from mdn.data.array_blocks import ArrayReader
 from mdn.data.checks import find_missing
-from mdn.data.schema import Schema, TableBlock, TableReader
+from mdn.data.schema import TableBlock, TableReader
 from mdn.errors import ConfigError, DataError, RunError
-from mdn.features import Columns
-from mdn.inference import largest_batch
+from mdn.inference import SIZES, largest_batch
+from mdn.inputs import open_rows
 from mdn.model import MDN
 from mdn.runs import check_output
 
@@ -87,32 +89,6 @@ class Prediction:
         return told
 
 
-def schema_of(model: Any) -> Schema:
-    """Return the columns that a model needs.
-
-    Raises:
-        RunError: it takes no table: a VAE, or sequences.
-        ConfigError: it was trained on a matrix whose columns have no names.
-    """
-    if not isinstance(model, MDN):
-        raise RunError(f"the run holds a {type(model).__name__}, which predicts no targets")
-    if model.get_build_config()["feature_rank"] != 2:
-        raise RunError(
-            "the run takes sequences [N, T, F], which no table holds: use mdn.load and "
-            "model.predict_distribution"
-        )
-    names = model.column_names
-    if isinstance(model.encoder, Columns):
-        features = {c.name: c.vocabulary is not None for c in model.encoder.columns}
-    else:
-        features = dict.fromkeys(names.features, False)
-        if len(features) != model.encoder.features:
-            raise ConfigError("the run does not name its features: use model.predict_distribution")
-    if len(names.targets) != model.head.event_size:
-        raise ConfigError("the run does not name its targets: use model.predict_distribution")
-    return Schema(features, names.targets, matrix=not isinstance(model.encoder, Columns))
-
-
 def predict_file(
     model: MDN,
     data: str,
@@ -122,29 +98,35 @@ def predict_file(
     keep: Sequence[str] = (),
     overwrite: bool = False,
     identity: str = "",
+    keys: tuple[str, str] = ("x", "y"),
     progress: Callable[[int, float], None] = lambda rows, share: None,
 ) -> Prediction:
-    """Write the answers of a model for each row of a table, in its order.
+    """Write the answers of a model for each row of a table or of arrays, in their order.
 
     For each target there are `<target>_mean`, `<target>_stddev` and `<target>_q<p>` in its units,
-    and for all together `log_prob` in nats, where the table has a target column: a target that is
-    missing is marginalised, and without any there is no value.
+    and for all together `log_prob` in nats, where a target is known: one that is missing is
+    marginalised, and without any there is no value.
+
+    A density for each step of sequences is a row for each step, sequence by sequence: `sequence`
+    and `step` count from 0, and steps of padding have no answers.
 
     Args:
         model: trained.
         data: a CSV or Parquet file, a folder of either, or a glob. It has the model's features;
-            the order of the columns and other columns do not matter.
+            the order of the columns and other columns do not matter. Or `.npz` files, with arrays
+            x, [N, F] or [N, T, F] for sequences, and perhaps y.
         output: a Parquet file that does not exist yet.
         quantiles: P probabilities in (0, 1).
-        keep: columns of the table to copy, such as a key.
+        keep: columns to copy, such as a key; of `.npz` files arrays [N].
         overwrite: replace `output`, once the new one is whole.
         identity: of the model; with another one nothing is resumed.
+        keys: what x and y are called in `.npz` files.
         progress: called after each block with the rows and the share that are done.
 
     Raises:
         ConfigError: the model or an argument cannot be used.
-        DataError: the table cannot be read, or lacks a column.
-        RunError: `output` exists, or cannot be written.
+        DataError: the rows cannot be read, or lack a column.
+        RunError: `output` exists, or cannot be written; or the model takes other rows.
     """
     path = Path(output)
     check_output(path, overwrite)
@@ -154,10 +136,10 @@ def predict_file(
             raise ConfigError(f"quantile {p}: must be between 0 and 1, such as 0.9")
     if len(set(quantiles)) < len(quantiles):
         raise ConfigError(f"quantiles {quantiles}: name each once")
-    schema = schema_of(model)
-    reader = TableReader(schema, data, keep)
-    answerer = _Answerer(model, schema, quantiles)
-    if taken := sorted({*answerer.columns, "log_prob"} & set(keep)):
+    reader = open_rows(model, data, keep, keys=keys)
+    steps = isinstance(reader, ArrayReader) and reader.layout.steps
+    answerer = _Answerer(model, quantiles, steps)
+    if taken := sorted({*answerer.columns, *answerer.places, "log_prob"} & set(keep)):
         raise ConfigError(f"the answer has a column {taken[0]!r} of its own: keep others")
     parts = _Parts(path, _request(reader, quantiles, identity))
     try:
@@ -172,7 +154,7 @@ def predict_file(
 
 
 def _write_parts(
-    reader: TableReader,
+    reader: TableReader | ArrayReader,
     answerer: _Answerer,
     parts: _Parts,
     progress: Callable[[int, float], None],
@@ -184,15 +166,18 @@ def _write_parts(
             table, counts = answerer.answer(block)
             parts.write(number, table, counts)
         else:
-            total.resumed += block.rows
+            answerer.skip(block)
+            total.resumed += counts["rows"]
         total.add(counts)
         progress(total.rows, block.share)
     if not total.rows:
-        raise DataError(f"{reader.path} has column names but no rows: give a file with rows")
+        raise DataError(f"{reader.path} {reader.empty}: give a file with rows")
     return total
 
 
-def _request(reader: TableReader, quantiles: Sequence[float], identity: str) -> dict[str, Any]:
+def _request(
+    reader: TableReader | ArrayReader, quantiles: Sequence[float], identity: str
+) -> dict[str, Any]:
     """Return all that the answer depends on: what is resumed must have the same."""
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in reader.files]
     return {
@@ -208,13 +193,22 @@ def _request(reader: TableReader, quantiles: Sequence[float], identity: str) -> 
 
 
 class _Answerer:
-    """Turns blocks into tables of answers."""
+    """Turns blocks into tables of answers.
 
-    def __init__(self, model: MDN, schema: Schema, quantiles: Sequence[float]) -> None:
+    Args:
+        model: trained.
+        quantiles: P probabilities.
+        steps: whether there is a density for each step of sequences.
+    """
+
+    def __init__(self, model: MDN, quantiles: Sequence[float], steps: bool) -> None:
         self.model = model
-        self.schema = schema
+        size = model.head.event_size
+        self.targets = list(model.column_names.targets) or [f"y{i}" for i in range(size)]
         self.names = ["mean", "stddev", *(f"q{p:g}" for p in quantiles)]
-        self.columns = [f"{target}_{name}" for target in schema.targets for name in self.names]
+        self.columns = [f"{target}_{name}" for target in self.targets for name in self.names]
+        self.places = ["sequence", "step"] if steps else []
+        self.sequences = 0  # before this block
         probabilities = tf.constant(quantiles, tf_keras.backend.floatx())
 
         def answers(x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -222,59 +216,80 @@ class _Answerer:
             moments = [density.mean(), density.stddev()]
             if quantiles:
                 moments += tf.unstack(density.quantile(probabilities), len(quantiles))
-            return tf.stack(moments, axis=-1), density.log_prob(y)  # [B, D, 2 + P], [B]
+            # [B, D, 2 + P] and [B], or [B, T, D, 2 + P] and [B, T].
+            return tf.stack(moments, axis=-1), density.log_prob(y)
 
         self.program = model.row_program(answers)
         self.batch_size = largest_batch(model.head.params_size)
+
+    def skip(self, block: TableBlock) -> None:
+        """Go on behind a block that is answered already."""
+        self.sequences += block.rows
 
     def answer(self, block: TableBlock) -> tuple[pa.Table, dict[str, Any]]:
         """Return the answers for a block, and what is counted of it."""
         dtype = tf_keras.backend.floatx()
         x = np.asarray(self.model.encode(block.x), dtype)
+        batch = x.shape[:2] if self.places else x.shape[:1]
         y = block.y
         if y is None:
-            y = np.full([block.rows, len(self.schema.targets)], np.nan)
-        moments = np.empty([block.rows, len(self.schema.targets), len(self.names)], dtype)
-        log_prob = np.empty([block.rows], dtype)
-        for rows, (some, density) in self.program([x, y.astype(dtype)], self.batch_size):
+            y = np.full([*batch, len(self.targets)], np.nan)
+        moments = np.empty([*batch, len(self.targets), len(self.names)], dtype)
+        log_prob = np.empty(batch, dtype)
+        size = max(SIZES[0], self.batch_size // math.prod(x.shape[1:-1]))
+        for rows, (some, density) in self.program([x, y.astype(dtype)], size):
             moments[rows], log_prob[rows] = some, density
-        lacking = self._lacking(x)
+        padding, lacking = self._unanswered(x, moments)
+        blank = (padding | lacking).reshape(-1)
         columns = {
-            name: pa.array(column, mask=lacking)
-            for name, column in zip(self.columns, moments.reshape([block.rows, -1]).T, strict=True)
+            name: pa.array(column, mask=blank)
+            for name, column in zip(self.columns, moments.reshape([len(blank), -1]).T, strict=True)
         }
-        known = ~np.isnan(y).all(axis=1) & ~lacking
+        known = ~np.isnan(y).all(axis=-1).reshape(-1) & ~blank
+        log_prob = log_prob.reshape(-1)
         if block.y is not None:
             columns["log_prob"] = pa.array(log_prob, mask=~known)
-        for name in block.kept.column_names:
-            columns[name] = block.kept[name]
+        kept = {name: block.kept[name] for name in block.kept.column_names}
+        if self.places:
+            numbers, steps = np.indices(batch).reshape(2, -1)
+            kept = {name: column.take(pa.array(numbers)) for name, column in kept.items()}
+            places = (self.sequences + numbers, steps)
+            kept |= dict(zip(self.places, map(pa.array, places), strict=True))
+        self.sequences += block.rows
         counts = {
-            "rows": block.rows,
+            "rows": len(blank),
             "unseen": self._unseen(block, x),
             "unanswered": int(lacking.sum()),
             "scored": int(known.sum()) if block.y is not None else 0,
             "log_prob": float(log_prob[known].sum(dtype=np.float64)),
         }
-        order = [
-            *block.kept.column_names,
-            *(n for n in columns if n not in block.kept.column_names),
-        ]
-        return pa.table({name: columns[name] for name in order}), counts
+        return pa.table({**kept, **columns}), counts
 
-    def _lacking(self, x: np.ndarray) -> np.ndarray:
-        """Return which rows lack a number, where no train row did: [n]."""
-        if self.model.missing != "error":
-            return np.zeros(len(x), bool)
-        return np.isnan(x).any(axis=1)
+    def _unanswered(self, x: np.ndarray, moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which densities are of padding, and which lack a number where no train row did.
+
+        Args:
+            x: encoded, [n, F] or [n, T, F].
+            moments: [n, D, ..] or [n, T, D, ..].
+        """
+        if x.ndim == 2:
+            found = self.model.lacking(x)
+            none = np.zeros(len(x), bool)
+            return none, none if found is None else found.numpy()
+        padding = np.isnan(x).all(axis=-1)  # [n, T]
+        lacking = np.isnan(moments[..., 0]).any(axis=-1)  # [n] or [n, T]
+        if self.places:
+            return padding, lacking & ~padding
+        return np.zeros(len(x), bool), lacking | padding.all(axis=1)
 
     def _unseen(self, block: TableBlock, codes: np.ndarray) -> dict[str, int]:
         """Return how many rows have a category without a slot, by column; those with any."""
         if not isinstance(block.x, dict):
             return {}
         found = {
-            name: int(((codes[:, i] == 0.0) & ~find_missing(block.x[name])).sum())
-            for i, (name, text) in enumerate(self.schema.features.items())
-            if text
+            column.name: int(((codes[:, i] == 0.0) & ~find_missing(block.x[column.name])).sum())
+            for i, column in enumerate(self.model.encoder.columns)
+            if column.vocabulary is not None
         }
         return {name: count for name, count in found.items() if count}
 

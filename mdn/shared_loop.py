@@ -89,7 +89,8 @@ def _shape(model: MDN) -> list[Any]:
     ]
     encoder = model.encoder
     if isinstance(encoder, Columns):
-        encoded: Any = [(c.missing, c.vocabulary and len(c.vocabulary)) for c in encoder.columns]
+        found = [(c.missing, c.vocabulary and len(c.vocabulary)) for c in encoder.columns]
+        encoded: Any = encoder.missing, found
     else:
         encoded = encoder.features, encoder.missing, encoder.indicator
     members = getattr(model, "members", None)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, RunError
 from mdn.evaluation import evaluate, evaluate_members, mean_gain
 from mdn.export import export_saved_model, export_vae
-from mdn.features import Columns
+from mdn.features import Columns, Standardize
 from mdn.figures import write_figures
 from mdn.model import MDN, load
 from mdn.plots import save_plots
@@ -99,13 +98,13 @@ class DensityTask:
                 f"init_from={config.init_from} takes the features {was}, and these data have "
                 f"{now}: use the same features"
             )
-        known = getattr(model.encoder, "missing", "indicator")
-        if data.missing == "indicator" and known == "error":
+        standardized = isinstance(model.encoder, Standardize)
+        if data.missing == "indicator" and standardized and model.encoder.missing == "error":
             raise RunError(
                 f"init_from={config.init_from} was trained without missing features: "
                 "use data.missing=error"
             )
-        model.missing = data.missing
+        model.set_missing(data.missing)
         model.head.grid = fresh.head.grid
         model.column_names = fresh.column_names
 
@@ -236,9 +235,8 @@ def build_model(config: DictConfig, data: Data) -> TrainedModel:
         fresh = task.build(config, data)
         if config.init_from is None:
             return fresh
-        # A registered class of the user's own can be loaded once its module is imported.
-        importlib.import_module(config.backbone._target_.rpartition(".")[0])
-        model = load(f"{config.init_from}/model.keras")
+        own = [config[part]._target_ for part in ("backbone", "embedding") if config.get(part)]
+        model = load(f"{config.init_from}/model.keras", trust=own)
         if isinstance(model, MDN):
             model.set_recalibration(None)  # of what it learned there
         if type(model) is not type(fresh):

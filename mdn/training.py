@@ -23,7 +23,7 @@ from mdn.callbacks.averaging import AveragedWeights
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import DivergedError, NanGuard
 from mdn.callbacks.interrupt import Interrupt
-from mdn.callbacks.tensorboard import write_curve, write_pictures
+from mdn.callbacks.tensorboard import write_summary
 from mdn.config import make
 from mdn.data.checks import check_batch_size
 from mdn.data.rows import Data
@@ -312,10 +312,10 @@ def fit_candidates(
         return held_out_nll(model, data, held_out)
 
     selection = choose(score)
-    figure = selection.figure()
-    write_figures({"selection": figure}, directory / "plots")
+    pictures = write_figures({"selection": selection.figure()}, directory / "plots")
     if config.callbacks.tensorboard is not None:
-        write_curve(directory / "tensorboard" / "selection", selection.curve(), figure)
+        curve = selection.curve()
+        write_summary(directory / "tensorboard" / "selection", pictures, max(curve), curve)
     notes = selection.metrics()
     notes["selection/seconds"] = sum(progress.seconds for *_, progress in fitted.values())
     return *fitted[selection.k], notes
@@ -358,7 +358,7 @@ def finish(
         metrics["train/seconds_to_first_step"] = to_first_step
     if config.callbacks.get("tensorboard") is not None:
         pictures = [directory / "plots" / f"{name}.png" for name in ("calibration", "sbc")]
-        write_pictures(directory / "tensorboard" / "test", pictures, progress.epoch)
+        write_summary(directory / "tensorboard" / "test", pictures, progress.epoch)
     task.export(model, directory / "saved_model", config)
     metrics["export/bytes"] = directory_size(directory / "saved_model")
     if config.get("comparison") is not None:

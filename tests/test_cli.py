@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -275,7 +277,7 @@ def test_kill_and_go_on(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_wheel_in_an_empty_environment_trains_and_predicts(tmp_path):
+def test_wheel_in_an_empty_environment_trains_predicts_and_serves(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("mdn-*.whl")
@@ -291,31 +293,55 @@ def test_wheel_in_an_empty_environment_trains_and_predicts(tmp_path):
     import numpy
 
     (site / "others.pth").write_text(str(Path(numpy.__file__).parent.parent) + "\n")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     rows(200).to_csv(tmp_path / "rows.csv", index=False)
+    script = (
+        f"import mdn; assert mdn.__file__.startswith({str(site)!r}); "
+        "from mdn.cli.main import main; main()"
+    )
 
-    def call(*words):
-        script = (
-            f"import mdn; assert mdn.__file__.startswith({str(site)!r}); "
-            "from mdn.cli.main import main; main()"
-        )
-        done = subprocess.run(
+    def start(*words):
+        return subprocess.Popen(
             [home / "bin" / "python", "-c", script, *words],
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
-            env=environment,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+
+    def call(*words):
+        process = start(*words)
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        return out
 
     call(
         *("train", "data=csv", "data.path=rows.csv", "data.targets=[price]", "k=2"),
         *("trainer.epochs=1", "trainer.batch_size=32", "backbone.widths=[8]"),
         *("output_dir=run", "callbacks.tensorboard.image_every=0"),
     )
-    assert "200 rows" in call("predict", "run", "rows.csv", "-o", "out.parquet")
-    assert len(pd.read_parquet(tmp_path / "out.parquet")) == 200
+    service = start("serve", "run", "--port", "0")  # which is ready when the rows are answered
+    try:
+        assert "200 rows" in call("predict", "run", "rows.csv", "-o", "out.parquet")
+        answers = pd.read_parquet(tmp_path / "out.parquet")
+        assert len(answers) == 200
+        said = service.stdout.readline()
+        assert said.startswith("mdn serves run"), service.stderr.read()
+        (url,) = re.findall(r"http://127\.0\.0\.1:\d+/", said)
+        with urllib.request.urlopen(f"{url}healthz") as health:
+            assert json.load(health) == {"status": "ok"}
+        asked = pd.read_csv(tmp_path / "rows.csv")[["size", "kind"]].to_dict("records")
+        body = json.dumps({"signature_name": "mean_stddev", "instances": asked}).encode()
+        with urllib.request.urlopen(f"{url}v1/models/mdn:predict", body) as answer:
+            served = pd.DataFrame(json.load(answer)["predictions"])
+        for name in ("mean", "stddev"):
+            expected = answers[f"price_{name}"]
+            np.testing.assert_allclose(served[name].str[0], expected, rtol=1e-5, atol=1e-6)
+        service.terminate()
+        assert service.wait(60) == 0, service.stderr.read()
+    finally:
+        service.kill()
+        service.communicate()
     names = zipfile.ZipFile(wheel).read(
         f"{wheel.name.removesuffix('-py3-none-any.whl')}.dist-info/entry_points.txt"
     )

@@ -155,6 +155,13 @@ def test_new_values_at_inference():
         layer(new)
 
 
+def test_a_missing_number_stays_visible_where_it_is_an_error():
+    layer = Columns.from_config({**adapted_columns().get_config(), "missing": "error"})
+    np.testing.assert_array_equal(np.isnan(layer(as_tensors(RAW))[:, 0]), np.isnan(RAW["size"]))
+    with pytest.raises(ValueError, match="missing='mean'"):
+        Columns(missing="mean")
+
+
 def test_rare_categories_share_the_unknown_slot():
     layer = Columns(max_categories=2)
     layer.adapt({"c": np.array(list("aabbbcd"), object)})

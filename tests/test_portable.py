@@ -7,19 +7,22 @@ import importlib.util
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import tensorflow as tf
 import tf_keras
 from scipy import stats
 
 from mdn import MDN, VAE, Ensemble, backbones, heads
+from mdn.data.rows import ColumnNames
 from mdn.density.recalibration import Recalibration
 from mdn.density.transformed import split_transform
 from mdn.embeddings import PiecewiseLinear
 from mdn.errors import ConfigError, RunError
-from mdn.export import export_litert, export_onnx
+from mdn.export import export_litert, export_onnx, export_saved_model
 from mdn.export.graphs import mixture_log_prob, softplus
 from mdn.export.portable import Format, check_portable, export_portable
+from mdn.prediction import predict_file
 from mdn.stacking import stack
 
 RNG = np.random.default_rng(0)
@@ -256,6 +259,87 @@ class Here(Format):
             return {name: value.numpy() + self.off for name, value in outputs.items()}
 
         return answer
+
+
+def test_a_recalibrated_stack_is_written(tmp_path):
+    """What is written is compared with the model; here without a converter."""
+    model, x = make("stacked")
+    x, form = rows(x, 50), Here()
+    before = model.predict_distribution(x).log_prob(Y[:50, :2].astype(np.float32))
+    model.set_recalibration(Recalibration((0.2, -0.1), (1.2, 0.8), 0.7))
+    try:
+        folder = export_portable(form, model, tmp_path / "model")
+        expected = model.predict_distribution(x).log_prob(Y[:50, :2].astype(np.float32))
+    finally:
+        model.set_recalibration(None)
+    answer = form.load(folder / "log_prob.here")
+    found = answer({"x": x, "y": Y[:50, :2].astype(np.float32)})["log_prob"]
+    assert_close(found, expected.numpy())
+    assert np.abs(found - before).min() > 1e-3
+
+
+@pytest.mark.parametrize("missing", ["error", "indicator"])
+def test_a_missing_number_that_no_train_row_lacked_is_the_same_everywhere(missing, tmp_path):
+    """Without indicators its row has no answer, with them it has that of the mean."""
+    columns = {"a": (X if missing == "error" else MISSING)[:, 0], "b": X[:, 1]}
+    head, backbone = heads.Mixture(2, 2, background=0.01), backbones.MLP([8], activation="relu")
+    model, _ = adapted(head, backbone, columns, missing, PiecewiseLinear(4))
+    model.column_names = ColumnNames(("a", "b"), ("u", "v"))
+    asked = {"a": X[:3, 0], "b": X[:3, 1].copy()}
+    asked["b"][1] = np.nan
+    y = Y[:3, :2].astype(np.float32)
+    density = model.predict_distribution(asked)
+    mean, log_prob = density.mean().numpy(), density.log_prob(y).numpy()
+    answered = np.array([True, missing == "indicator", True])
+    np.testing.assert_array_equal(np.isfinite(mean).all(axis=1), answered)
+    np.testing.assert_array_equal(np.isfinite(log_prob), answered)
+    np.testing.assert_allclose(model.predict(asked), mean, rtol=1e-5)
+    if missing == "indicator":
+        filled = {**asked, "b": np.where(np.isnan(asked["b"]), X[:, 1].mean(), asked["b"])}
+        np.testing.assert_allclose(model.predict(filled), mean, rtol=1e-5)
+
+    pd.DataFrame({**asked, "u": y[:, 0], "v": y[:, 1]}).to_csv(tmp_path / "x.csv", index=False)
+    predict_file(model, str(tmp_path / "x.csv"), tmp_path / "out.parquet")
+    table = pd.read_parquet(tmp_path / "out.parquet")
+    np.testing.assert_allclose(table[["u_mean", "v_mean"]], mean, rtol=1e-5)
+    np.testing.assert_allclose(table["log_prob"], log_prob, rtol=1e-5)
+    assert (table.notna().all(axis=1) == answered).all()
+
+    if missing == "indicator":  # of which the converters see nothing new
+        form = Here()
+        folder = export_portable(form, model, tmp_path / "here")
+        found = form.load(folder / "log_prob.here")({**asked, "y": y})["log_prob"]
+        np.testing.assert_allclose(found, log_prob, rtol=1e-4)
+        return
+    path = export_saved_model(model, tmp_path / "saved_model")
+    given = {"y": y, "p": np.float32([0.5]), "level": np.float32(0.5), "n": 2, "seed": [1, 2]}
+    given |= {**asked, "x": np.stack([asked["a"], asked["b"]], axis=1)}
+    for name, function in tf.saved_model.load(path).signatures.items():
+        if name == "condition":
+            given["y"] = np.where([[True, False]], np.nan, y)
+        inputs = {
+            key: tf.constant(given[key], spec.dtype)
+            for key, spec in function.structured_input_signature[1].items()
+        }
+        for key, value in function(**inputs).items():
+            if name == "condition" and key not in ("mean", "stddev"):
+                continue
+            value = value.numpy()[..., 0] if name == "condition" else value.numpy()
+            value = np.moveaxis(value, int(key in ("quantile", "sample")), 0).reshape(3, -1)
+            wrong = f"{key} of {name}"
+            np.testing.assert_array_equal(np.isfinite(value).all(axis=1), answered, wrong)
+            np.testing.assert_array_equal(np.isnan(value).all(axis=1), ~answered, wrong)
+            if name == "mean_stddev" and key == "mean":
+                np.testing.assert_allclose(value, mean, rtol=1e-5)
+
+    for form, (export, suffix) in EXPORTS.items():
+        folder = export(model, tmp_path / form)
+        for name, value in answer(form, folder / f"params{suffix}", asked).items():
+            found = np.isfinite(value).reshape(3, -1)
+            np.testing.assert_array_equal(found.all(axis=1), answered, f"{name} of {form}")
+            np.testing.assert_array_equal(found.any(axis=1), answered, f"{name} of {form}")
+        found = answer(form, folder / f"log_prob{suffix}", asked | {"y": y})["log_prob"]
+        np.testing.assert_allclose(found, log_prob, rtol=1e-4)
 
 
 def test_a_folder_is_replaced_only_when_told(tmp_path):

@@ -8,12 +8,16 @@ import pyarrow.parquet
 import pytest
 import tensorflow as tf
 import tf_keras
+from omegaconf import OmegaConf
 
 from mdn import MDN, backbones, heads
+from mdn.config import compose_config
 from mdn.data.rows import ColumnNames
 from mdn.data.schema import TableReader
 from mdn.errors import ConfigError, DataError, MDNError, RunError
-from mdn.prediction import predict_file, schema_of
+from mdn.finished import evaluate_run, predict_run
+from mdn.inputs import schema_of
+from mdn.prediction import predict_file
 
 # On one worker, which makes the fixtures once.
 pytestmark = pytest.mark.xdist_group("prediction")
@@ -159,12 +163,140 @@ def test_names_of_columns_are_saved_with_the_model(model, tmp_path):
     assert mdn.load(tmp_path / "model.keras").column_names == model.column_names
 
 
-def test_sequences_are_refused(tmp_path):
-    x = np.random.default_rng(0).normal(size=[20, 4, 2])
-    model = MDN(heads.Diag(1), backbones.LSTM([3]))
-    model.adapt(x, x[..., :1])
-    with pytest.raises(RunError, match=r"takes sequences \[N, T, F\]"):
-        schema_of(model)
+# ---------------------------------------------------------------------- arrays
+
+STEPS = np.random.default_rng(0).normal(size=[20, 4, 2])
+STEPS[3, 2:] = np.nan  # a shorter sequence
+STEPS[5, 1, 0] = np.nan  # which no train row lacks
+
+
+def sequence_model(return_sequences):
+    tf_keras.utils.set_random_seed(0)
+    backbone = backbones.LSTM([3], return_sequences=return_sequences)
+    model = MDN(heads.Mixture(2, 2), backbone)
+    y = STEPS[:, :, ::-1] if return_sequences else STEPS[:, 0]
+    model.adapt(np.delete(STEPS, 5, axis=0), np.delete(y, 5, axis=0))
+    return model, y
+
+
+@pytest.mark.parametrize("return_sequences", [True, False])
+def test_sequences_are_answered_as_the_model_does(return_sequences, tmp_path, small_blocks):
+    model, y = sequence_model(return_sequences)
+    key = np.arange(20) * 10
+    np.savez_compressed(tmp_path / "new.npz", x=STEPS, y=y, key=key)
+    found, prediction = predict(
+        model, tmp_path / "new.npz", tmp_path / "out.parquet", keep=["key"], quantiles=[0.5]
+    )
+    density = model.predict_distribution(STEPS)
+    shape = (20, 4) if return_sequences else (20,)
+    answered = np.ones(shape, bool)
+    if return_sequences:
+        answered[3, 2:], answered[5, 1:] = False, False
+        np.testing.assert_array_equal(found["sequence"], np.repeat(np.arange(20), 4))
+        np.testing.assert_array_equal(found["step"], np.tile(np.arange(4), 20))
+    else:
+        answered[5] = False
+        assert "step" not in found
+    np.testing.assert_array_equal(found["key"], np.repeat(key, found.shape[0] // 20))
+    assert (prediction.rows, prediction.unanswered) == (
+        answered.size,
+        3 if return_sequences else 1,
+    )
+    log_prob = density.log_prob(y.astype(np.float32)).numpy()
+    expected = {f"y{d}_mean": density.mean().numpy()[..., d] for d in range(2)}
+    expected |= {f"y{d}_q0.5": density.quantile(0.5).numpy()[..., d] for d in range(2)}
+    for name, value in {**expected, "log_prob": log_prob}.items():
+        value = np.where(answered, value, np.nan).reshape(-1)
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert prediction.scored == answered.sum()
+
+
+def test_stopped_prediction_of_sequences_goes_on(tmp_path, small_blocks):
+    model, _ = sequence_model(True)
+    (data := tmp_path / "rows").mkdir()
+    for i in range(2):
+        np.savez(data / f"{i}.npz", x=STEPS)
+    whole, _ = predict(model, data, tmp_path / "whole.parquet", quantiles=[])
+    output = tmp_path / "out.parquet"
+    with pytest.raises(Killed):
+        predict(model, data, output, quantiles=[], progress=stop_after(3))
+    found, prediction = predict(model, data, output, quantiles=[])
+    assert prediction.resumed == 144  # 16 and 4 sequences of a file, and 16 of the next
+    pd.testing.assert_frame_equal(found, whole)
+    assert list(found["sequence"][::4]) == list(range(40))
+    assert "log_prob" not in found
+
+
+def test_a_run_of_sequences_answers_and_is_judged(tmp_path):
+    model, y = sequence_model(True)
+    model.column_names = ColumnNames(("u0", "u1"), ("v0", "v1"))
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    model.save(tmp_path / "run" / "model.keras")
+    config = compose_config(["k=2", "backbone=lstm", "data=npz", "data.x_key=u", "data.y_key=v"])
+    OmegaConf.save(config, tmp_path / "run" / ".hydra" / "config.yaml")
+    x, y = (np.delete(part, 5, axis=0) for part in (STEPS, y))
+    np.savez(tmp_path / "new.npz", u=x, v=y)
+    data = str(tmp_path / "new.npz")
+    metrics = evaluate_run(tmp_path / "run", data)
+    known = ~np.isnan(y).all(axis=-1)
+    log_prob = model.log_prob(x, y)[known]
+    assert metrics["test/n"] == known.sum() == 19 * 4 - 2
+    assert metrics["test/nll"] == pytest.approx(-log_prob.mean(), rel=1e-5)
+    prediction = predict_run(tmp_path / "run", data, tmp_path / "out.parquet")
+    assert prediction.scored == known.sum()
+    assert prediction.log_prob == pytest.approx(log_prob.sum(), rel=1e-5)
+
+
+def test_matrix_model_takes_arrays_by_their_keys(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=[50, 2])
+    model = MDN(heads.Diag(1), backbones.MLP([4]))
+    model.adapt(x, x[:, :1] + 1.0)
+    model.compile("adam", jit_compile=False)
+    np.savez(tmp_path / "x.npz", a=x.astype(np.float32), b=x[:, 0] + 1.0)
+    found, prediction = predict(
+        model, tmp_path / "x.npz", tmp_path / "out.parquet", keys=("a", "b")
+    )
+    np.testing.assert_allclose(found["y0_mean"], model.predict(x)[:, 0], rtol=1e-5)
+    assert prediction.scored == 50
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"z": STEPS}, "has no array 'x': it has z"),
+        ({"x": STEPS[:, 0]}, r"has shape \[20, 2\]: the run takes \[N, T, 2\]"),
+        ({"x": STEPS[..., :1]}, r"has shape \[20, 4, 1\]: the run takes"),
+        ({"x": STEPS, "y": STEPS[:, :3]}, r"the run takes \[N, T, 2\], here \[20, 4, 2\]"),
+        ({"x": STEPS[:0]}, "has arrays without rows"),
+        ({"x": STEPS.astype(str)}, "of type <U32, not numeric"),
+        ({"x": STEPS.astype(object)}, "holds Python objects, which may run code"),
+        ({"x": np.asfortranarray(STEPS)}, "lies in Fortran's order"),
+        ({"x": np.where(STEPS > 1.0, 1e99, STEPS)}, "in row 0, which float32 cannot hold"),
+        ({"x": STEPS, "key": STEPS}, r"array 'key' .* not \[20\]: keep arrays of one value"),
+        (None, "perhaps cut short"),
+    ],
+)
+def test_wrong_arrays_are_one_line_and_leave_nothing(arrays, message, tmp_path):
+    model, _ = sequence_model(True)
+    if arrays is None:
+        (tmp_path / "new.npz").write_bytes(b"PK no")
+    else:
+        np.savez(tmp_path / "new.npz", **arrays)
+    keep = ["key"] if arrays and "key" in arrays else []
+    with pytest.raises(DataError, match=message) as error:
+        predict(model, tmp_path / "new.npz", tmp_path / "out.parquet", keep=keep)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_rows_of_the_other_kind_are_refused(model, tmp_path):
+    np.savez(tmp_path / "new.npz", x=STEPS)
+    with pytest.raises(RunError, match="takes columns by their names: give a CSV or Parquet"):
+        predict_file(model, str(tmp_path / "new.npz"), tmp_path / "out.parquet")
+    table(1).to_csv(tmp_path / "new.csv", index=False)
+    with pytest.raises(RunError, match=r"sequences \[N, T, F\], which no table holds: give an"):
+        predict_file(sequence_model(True)[0], str(tmp_path / "new.csv"), tmp_path / "out.parquet")
 
 
 # ---------------------------------------------------------------------- inputs
@@ -234,7 +366,8 @@ def test_overwrite_when_asked(model, tmp_path):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("mdn.data.schema.BLOCK_ROWS", 64)
+    for module in ("schema", "array_blocks"):
+        monkeypatch.setattr(f"mdn.data.{module}.BLOCK_ROWS", 64)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

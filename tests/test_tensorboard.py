@@ -216,15 +216,15 @@ def test_mirrored_variables(data, tmp_path):
 
 
 def test_pictures_of_a_finished_run(tmp_path):
-    from mdn.callbacks.tensorboard import write_pictures
+    from mdn.callbacks.tensorboard import write_summary
 
     paths = [tmp_path / f"{name}.png" for name in ("calibration", "sbc")]
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
     Image.fromarray(pixels).save(paths[0])  # the other is not there
-    write_pictures(tmp_path / "test", paths, step=7)
+    write_summary(tmp_path / "test", paths, step=7)
     series = read(tmp_path / "test")
     assert {tag: list(steps) for tag, steps in series.items()} == {"calibration": [7]}
     encoded = series["calibration"][7][2]  # after width and height
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), pixels)
-    write_pictures(tmp_path / "none", paths[1:], step=7)
+    write_summary(tmp_path / "none", paths[1:], step=7)
     assert not (tmp_path / "none").exists()

@@ -32,7 +32,7 @@ class TensorBoard(tf_keras.callbacks.Callback):
     the histograms components/weights and components/scales, the image density, and once the graph.
     A VAE has the components of its prior, and the images samples, reconstructions and latent.
     A run adds, in `test/` and once it is finished, the images calibration and, of a simulator,
-    sbc: see `write_pictures`.
+    sbc: see `write_summary`.
 
     Args:
         log_dir: where to write.
@@ -132,25 +132,6 @@ class TensorBoard(tf_keras.callbacks.Callback):
         self._imaged = self._epochs
 
 
-def write_curve(
-    log_dir: str | os.PathLike[str], curve: Mapping[int, Mapping[str, float]], figure: Figure
-) -> None:
-    """Write scalars whose step is no epoch, and a picture of them, in place of earlier ones.
-
-    Args:
-        log_dir: where to write.
-        curve: step -> name -> value.
-        figure: the picture.
-    """
-    if Path(log_dir).is_dir():  # of a run that was killed hereafter
-        shutil.rmtree(log_dir)
-    with tf.summary.create_file_writer(str(log_dir)).as_default():
-        for step, values in curve.items():
-            for name, value in values.items():
-                tf.summary.scalar(name, value, step)
-        tf.summary.image("selection", _pixels(figure), step=max(curve))
-
-
 def _pixels(figure: Figure) -> np.ndarray:
     """Return a picture of the figure, [1, height, width, 3] bytes."""
     canvas = FigureCanvasAgg(figure)
@@ -158,14 +139,29 @@ def _pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[np.newaxis, ..., :3]
 
 
-def write_pictures(log_dir: Path, paths: Iterable[Path], step: int) -> None:
-    """Write PNG files that are there as images, under their names, to one event file."""
-    writer = None
-    for path in paths:
-        if path.is_file():
-            writer = writer or tf.summary.create_file_writer(str(log_dir))
-            with writer.as_default(step=step):
-                pixels = tf.io.decode_png(path.read_bytes(), channels=3)
-                tf.summary.image(path.stem, pixels[tf.newaxis])
-    if writer is not None:
-        writer.close()
+def write_summary(
+    log_dir: str | os.PathLike[str],
+    paths: Iterable[Path],
+    step: int,
+    curve: Mapping[int, Mapping[str, float]] | None = None,
+) -> None:
+    """Write what is known once the epochs are over, in place of what was there; or nothing.
+
+    Args:
+        log_dir: where to write.
+        paths: PNG files; those that are there become images under their names.
+        step: of the images.
+        curve: scalars, step -> name -> value.
+    """
+    pictures = [path for path in paths if path.is_file()]
+    if not pictures and not curve:
+        return
+    if Path(log_dir).is_dir():  # of a run that was killed hereafter
+        shutil.rmtree(log_dir)
+    with tf.summary.create_file_writer(str(log_dir)).as_default():
+        for at, values in (curve or {}).items():
+            for name, value in values.items():
+                tf.summary.scalar(name, value, at)
+        for path in pictures:
+            pixels = tf.io.decode_png(path.read_bytes(), channels=3)
+            tf.summary.image(path.stem, pixels[tf.newaxis], step)

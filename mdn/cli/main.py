@@ -30,6 +30,16 @@ def _limits(function: Callable) -> Callable:
     return function
 
 
+def _trust(function: Callable) -> Callable:
+    """Add the option of what a run may name beside the classes of mdn and Keras."""
+    return click.option(
+        "--trust",
+        multiple=True,
+        metavar="MODULE.CLASS",
+        help="A class of your own that the run names: its module is imported. Give several.",
+    )(function)
+
+
 def main() -> None:
     """Run the command line; a mistake is one line on stderr and exit code 2."""
     try:
@@ -93,11 +103,13 @@ def train(overrides: tuple[str, ...]) -> None:
 )
 @click.option("--keep", multiple=True, help="A column of DATA to copy, such as a key.")
 @click.option("--overwrite", is_flag=True, help="Replace the output once the new one is whole.")
+@_trust
 def predict(run: str, data: str, output: str, **options: Any) -> None:
     """Answer for each row of DATA: a CSV or Parquet file, a folder of them, or a glob.
 
     Writes mean, standard deviation and quantiles of each target, and log_prob (nats) where a
     target is known. DATA may be of any size; a killed command, given again, goes on where it was.
+    Runs of sequences, and others of arrays, take .npz files like those they were trained on.
 
     \b
     Example:
@@ -125,10 +137,12 @@ def predict(run: str, data: str, output: str, **options: Any) -> None:
 @click.argument("run")
 @click.argument("data", required=False)
 @click.option("-o", "--output", help="A JSON file for the metrics.")
-def evaluate(run: str, data: str | None, output: str | None) -> None:
+@_trust
+def evaluate(run: str, data: str | None, output: str | None, trust: tuple[str, ...]) -> None:
     """Judge a run on the rows of DATA, or on its own test rows.
 
-    DATA is a CSV or Parquet file with targets, a folder of them, or a glob.
+    DATA is a CSV or Parquet file with targets (of a run of arrays an .npz file), a folder of them,
+    or a glob.
 
     \b
     Example:
@@ -139,14 +153,15 @@ def evaluate(run: str, data: str | None, output: str | None) -> None:
     from mdn.evaluation import print_table
     from mdn.finished import evaluate_run
 
-    print_table(evaluate_run(run, data, output))
+    print_table(evaluate_run(run, data, output, trust=trust))
 
 
 @command.command()
 @click.argument("run")
 @click.argument("data", required=False)
 @click.option("-o", "--output", help="The folder to draw into. Default: plots/ of the run.")
-def plot(run: str, data: str | None, output: str | None) -> None:
+@_trust
+def plot(run: str, data: str | None, output: str | None, trust: tuple[str, ...]) -> None:
     """Draw the pictures of a run: on the rows of DATA, or on its own test rows.
 
     \b
@@ -157,7 +172,7 @@ def plot(run: str, data: str | None, output: str | None) -> None:
     _import()
     from mdn.finished import plot_run
 
-    for path in plot_run(run, data, output):
+    for path in plot_run(run, data, output, trust=trust):
         click.echo(path)
 
 
@@ -173,7 +188,10 @@ def plot(run: str, data: str | None, output: str | None) -> None:
 )
 @click.option("-o", "--output", help="Where to. Default: the format's name in the run.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
-def export(run: str, form: str, output: str | None, overwrite: bool) -> None:
+@_trust
+def export(
+    run: str, form: str, output: str | None, overwrite: bool, trust: tuple[str, ...]
+) -> None:
     """Write an artefact of a run that answers without mdn.
 
     A SavedModel answers everything. LiteRT and ONNX answer for the parameters of the density and
@@ -188,7 +206,8 @@ def export(run: str, form: str, output: str | None, overwrite: bool) -> None:
     _import()
     from mdn.finished import describe_artefact, export_run
 
-    for line in describe_artefact(export_run(run, form, output, overwrite)):
+    path = export_run(run, form, output, overwrite, trust=trust)
+    for line in describe_artefact(path):
         click.echo(line)
 
 
@@ -248,9 +267,9 @@ def _check(run: str, data: str | None = None) -> None:
 
     check_run(run)
     if data is not None:
-        from mdn.data.schema import find_tables
+        from mdn.data.schema import find_rows
 
-        find_tables(data)
+        find_rows(data)
 
 
 def _import(alone: bool = False) -> None:

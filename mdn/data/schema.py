@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mdn.data.checks import FLOAT32_MAX, RowName
-from mdn.data.files import find_files
+from mdn.data.files import SUFFIXES, find_files
 from mdn.data.rows import Features
 from mdn.data.tabular import Csv, Parquet, Table, attempt, to_days, to_number, to_text
 from mdn.errors import DataError
 
 BLOCK_ROWS = 65_536
+NPZ = SUFFIXES["mdn.data.arrays.Npz"]
 _READ_AHEAD = 2**18
 
 Pieces = Iterator[tuple[pd.DataFrame, pa.Table, float]]  # frame, columns to keep, share read
@@ -47,11 +48,11 @@ class Schema:
 
 @dataclasses.dataclass(frozen=True)
 class TableBlock:
-    """Consecutive rows of a table.
+    """Consecutive rows of a table, or of arrays.
 
     Attributes:
-        x: [n, F], or name -> [n] float64 or objects (str, None where missing).
-        y: [n, D] float64, NaN where missing; None if the table has no target column.
+        x: [n, F], [n, T, F], or name -> [n] float64 or objects (str, None where missing).
+        y: [n, D] or [n, T, D] float64, NaN where missing; None where no target is known.
         kept: [n, ..], the columns that were asked for, as they are.
         rows: n.
         share: of the table that is read now, from 0 to 1.
@@ -77,6 +78,18 @@ def find_tables(path: str) -> tuple[list[Path], type[Table]]:
     return files, kinds.pop()
 
 
+def find_rows(path: str) -> list[Path]:
+    """Return the files that a path stands for: tables, or arrays where there are no tables.
+
+    Raises:
+        DataError: there are none, or they are not of one kind.
+    """
+    files = find_files(path, (*Csv.suffixes, *Parquet.suffixes, *NPZ), label="")
+    if all(file.name.endswith(NPZ) for file in files):
+        return files
+    return find_tables(path)[0]
+
+
 class TableReader:
     """Reads the columns that a schema asks for.
 
@@ -89,6 +102,8 @@ class TableReader:
     Raises:
         DataError: the path leads to no table, or a column that must be there is not.
     """
+
+    empty = "has column names but no rows"
 
     def __init__(
         self, schema: Schema, path: str, keep: Sequence[str] = (), known: bool = False

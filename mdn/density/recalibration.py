@@ -6,6 +6,7 @@ Shape letters: D event size, K components.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
@@ -46,16 +47,23 @@ class Recalibration:
 
     def apply(self, density: Queries) -> Queries:
         """Return the density that is meant by one that is stated: of its type, same batch."""
-        shift, scale = (tf.convert_to_tensor(v, density.dtype) for v in (self.shift, self.scale))
-        return self._map(density, shift, scale, self.sharpness)
+        return type(density)(**self.apply_to(density.tensors(), density.dtype))
+
+    def apply_to(self, tensors: Mapping[str, Any], dtype: Any) -> dict[str, tf.Tensor]:
+        """Return the tensors of the density that is meant by one of these, by name."""
+        shift, scale = (tf.convert_to_tensor(v, dtype) for v in (self.shift, self.scale))
+        return self._map(tensors, shift, scale, self.sharpness)
 
     def undo(self, density: Queries) -> Queries:
         """Return the density of which `apply` makes this one."""
         shift, scale = (tf.convert_to_tensor(v, density.dtype) for v in (self.shift, self.scale))
-        return self._map(density, -shift, 1.0 / scale, 1.0 / self.sharpness)
+        found = self._map(density.tensors(), -shift, 1.0 / scale, 1.0 / self.sharpness)
+        return type(density)(**found)
 
     @staticmethod
-    def _map(density: Queries, shift: tf.Tensor, scale: tf.Tensor, sharpness: Any) -> Queries:
+    def _map(
+        tensors: Mapping[str, Any], shift: tf.Tensor, scale: tf.Tensor, sharpness: Any
+    ) -> dict[str, tf.Tensor]:
         rows = scale[:, tf.newaxis]  # of a factor [.., D, D] or [.., D, R]
         change = {
             "logits": lambda logits: tf.cast(sharpness, logits.dtype) * tf.nn.log_softmax(logits),
@@ -66,8 +74,7 @@ class Recalibration:
             # The covariance is P^-T P^-1.
             "precision_tril": lambda factor: factor / rows,
         }
-        tensors = {
-            name: change[name](tf.convert_to_tensor(tensor, density.dtype))
-            for name, tensor in density.tensors().items()
+        return {
+            name: change[name](tf.convert_to_tensor(tensor, shift.dtype))
+            for name, tensor in tensors.items()
         }
-        return type(density)(**tensors)

@@ -38,19 +38,8 @@ def export_distribution(
 
     D is the batch and the event shape together: independent targets are one row.
 
-    Args:
-        distribution: as `fit_distribution` returns it.
-        path: a directory that does not exist yet.
-        overwrite: replace a SavedModel at `path`, once the new one is whole.
-        targets: the D names of y, for `mdn.json`.
-        config: of the run, for `mdn.json`.
-
-    Returns:
-        The path.
-
-    Raises:
-        ConfigError: there are not D targets.
-        RunError: something else is at `path`, or nothing can be written there.
+    The arguments and errors are those of `mdn.export.export_saved_model`, but that the model is a
+    distribution as `fit_distribution` returns it, which knows no names of targets.
     """
     check_path(path, overwrite)
     shape = [*distribution.batch_shape, *distribution.event_shape]

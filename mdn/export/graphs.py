@@ -22,6 +22,7 @@ from mdn.density.gaussian import LOG_2_PI
 from mdn.density.transformed import to_base
 from mdn.ensembles import Ensemble
 from mdn.export.saved_model import feature_specs
+from mdn.export.signatures import where_rows
 from mdn.features import Columns
 from mdn.model import MDN
 from mdn.stacking import Stack
@@ -62,27 +63,43 @@ def portable_functions(model: MDN, groups: Sequence[Group]) -> dict[str, Any]:
     - `log_prob`: the features and `y` [B, D], nothing missing, to `log_prob` [B], nats.
 
     The features are `x` [B, F], or one [B] for each raw column. Where targets are transformed, the
-    parameters are in units of the transformed ones.
+    parameters are in units of the transformed ones. A row that lacks a number which no train row
+    lacked has NaN for answers.
 
     Args:
         model: what is asked.
         groups: of `groups_of`; as long as the functions live, as they hold no variables.
     """
 
+    members = len(groups[0].members)
+    # Of the head's own its densities know already.
+    recalibration = model.recalibration if isinstance(model, Stack) else None
+
     def tensors(x: Any) -> dict[str, tf.Tensor]:
-        codes, parts = _codes(model, x), []
+        codes = _codes(model, x)
         features = [group.model.features(codes) for group in groups]
-        for m in range(len(groups[0].members)):  # in the order of `mdn.stacking.Stack`
-            for group, own in zip(groups, features, strict=True):
-                part = _stated(group.members[m], own)
-                if isinstance(model, Ensemble):
-                    share = group.share / len(group.members)
-                    part["logits"] = tf.nn.log_softmax(part["logits"]) + math.log(share)
-                parts.append(part)
-        return {name: tf.concat([part[name] for part in parts], axis=1) for name in parts[0]}
+        return _beside([member(m, features) for m in range(members)])
+
+    def member(m: int, features: list[tf.Tensor]) -> dict[str, tf.Tensor]:
+        parts = []
+        for group, own in zip(groups, features, strict=True):
+            part = _stated(group.members[m], own)
+            if isinstance(model, Ensemble):
+                share = math.log(group.share / members)
+                part["logits"] = tf.nn.log_softmax(part["logits"]) + share
+            parts.append(part)
+        mixture = _beside(parts)
+        if recalibration is not None:
+            mixture = recalibration.apply_to(mixture, mixture["loc"].dtype)
+            mixture["logits"] = tf.nn.log_softmax(mixture["logits"]) - math.log(members)
+        return mixture
 
     def params(x: Any) -> dict[str, tf.Tensor]:
-        return _with_triangle(tensors(x))
+        found = _with_triangle(tensors(x))
+        lacking = model.lacking(x)
+        if lacking is None:
+            return found
+        return {name: where_rows(lacking, np.nan, value) for name, value in found.items()}
 
     def log_prob(x: Any, y: tf.Tensor) -> dict[str, tf.Tensor]:
         if (bijector := model.head.bijector) is None:
@@ -93,6 +110,8 @@ def portable_functions(model: MDN, groups: Sequence[Group]) -> dict[str, Any]:
             value = tf.where(inside, value, -np.inf)
         # Runtimes differ in what the maximum of NaN is.
         missing = tf.reduce_any(tf.math.is_nan(y), axis=-1)
+        if (lacking := model.lacking(x)) is not None:
+            missing |= lacking
         return {"log_prob": tf.where(missing, np.nan, value)}
 
     x = feature_specs(model)
@@ -124,6 +143,13 @@ def _stated(model: MDN, features: tf.Tensor) -> dict[str, tf.Tensor]:
         return tensors
     parts = {name: tf.expand_dims(tensor, 1) for name, tensor in tensors.items()}
     return {"logits": tf.zeros_like(parts["loc"][..., 0]), **parts}
+
+
+def _beside(parts: list[dict[str, tf.Tensor]]) -> dict[str, tf.Tensor]:
+    """Return the tensors of mixtures with the components of all, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: tf.concat([part[name] for part in parts], axis=1) for name in parts[0]}
 
 
 def _with_triangle(tensors: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:

@@ -62,15 +62,16 @@ def export_litert(
     dtype, shape and unit. Both take any number of rows, float32, in the units of the data:
 
     - `params`: the features (NaN where missing) to `logits` [B, K], `loc` [B, K, D] and
-      `scale_tril` [B, K, D, D]. K = 1 of a single normal. LiteRT has no decomposition of matrices:
-      a low-rank mixture has `scale_diag` [B, K, D] and `factor` [B, K, D, R] in place of the last,
-      and one of precisions `precision_tril` [B, K, D, D].
+      `scale_tril` [B, K, D, D]. K = 1 of a single normal. As there is no decomposition of
+      matrices, a low-rank mixture has `scale_diag` [B, K, D] and `factor` [B, K, D, R] in place of
+      the last, and one of precisions `precision_tril` [B, K, D, D].
     - `log_prob`: the features and `y` [B, D] to `log_prob` [B], nats; NaN where an entry of y is.
 
-    The features are `x` [B, F], or one [B] for each raw column, named as in a SavedModel. Where
-    targets are transformed, `params` is in units of the transformed ones. What LiteRT has no
-    operations for cannot be written: features that are text or need float64, sequences, and models
-    that do not compute in float32.
+    The features are `x` [B, F], or one [B] for each raw column, named as in a SavedModel. A row
+    that lacks a number which no train row lacked has NaN for answers, unless the model was adapted
+    with missing="indicator". Where targets are transformed, `params` is in units of the
+    transformed ones. What the converter has no operations for cannot be written: features that are
+    text or need float64, sequences, and models that do not compute in float32.
 
     The arguments and errors are those of `mdn.export.portable.export_portable`.
     """

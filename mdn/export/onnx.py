@@ -65,20 +65,7 @@ def export_onnx(
 ) -> Path:
     """Write a folder of ONNX files of a model, and return its path.
 
-    The folder has `params.onnx`, `log_prob.onnx`, and `mdn.json`, which states every name, dtype,
-    shape and unit. Both take any number of rows, float32, in the units of the data:
-
-    - `params`: the features (NaN where missing) to `logits` [B, K], `loc` [B, K, D] and
-      `scale_tril` [B, K, D, D]. K = 1 of a single normal. ONNX has no decomposition of matrices: a
-      low-rank mixture has `scale_diag` [B, K, D] and `factor` [B, K, D, R] in place of the last,
-      and one of precisions `precision_tril` [B, K, D, D].
-    - `log_prob`: the features and `y` [B, D] to `log_prob` [B], nats; NaN where an entry of y is.
-
-    The features are `x` [B, F], or one [B] for each raw column, named as in a SavedModel. Where
-    targets are transformed, `params` is in units of the transformed ones. What ONNX has no
-    operations for, or its runtime not in float32, cannot be written: features that are text or
-    need float64, sequences, and models that do not compute in float32.
-
-    The arguments and errors are those of `mdn.export.portable.export_portable`.
+    The folder has `params.onnx`, `log_prob.onnx` and `mdn.json`. What they take and return, what
+    cannot be written, and the arguments and errors are those of `mdn.export.export_litert`.
     """
     return export_portable(ONNX(), model, path, overwrite, targets, config)

@@ -33,7 +33,6 @@ from mdn.export.saved_model import (
 )
 from mdn.features import Columns
 from mdn.model import MDN
-from mdn.stacking import Stack
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +88,6 @@ def check_portable(model: Any, form: str) -> None:
 def _why_not(model: Any) -> str | None:
     if not isinstance(model, MDN):
         return f"a {type(model).__name__} has no p(y | x)"
-    if isinstance(model, Stack) and model.recalibration is not None:
-        return "the members of a recalibrated stack are mixtures, which is not written yet"
     rank = model.get_build_config()["feature_rank"]
     if rank is None:
         return "the model has no scaling yet: call model.adapt(x, y) on train rows first"
@@ -126,22 +123,13 @@ def export_portable(
 ) -> Path:
     """Write `params` and `log_prob` of a model, a file each, and `mdn.json`, which describes them.
 
-    Args:
-        form: of the files.
-        model: an adapted model; dropout is off in what is written.
-        path: a directory that does not exist yet.
-        overwrite: replace such a directory at `path`, once the new one is whole.
-        targets: the D names of y, for `mdn.json`; by default those that the model knows.
-        config: of the run, for `mdn.json`.
-
-    Returns:
-        The path.
+    The arguments but `form`, of the files, and what is returned, are those of
+    `mdn.export.export_saved_model`.
 
     Raises:
-        ConfigError: there are not D targets, the model or the converter cannot do a part, or a
-            package is not installed.
-        RunError: the files answer otherwise than the model, something else is at `path`, or
-            nothing can be written there; what was there before is then untouched.
+        ConfigError: also where the model or the converter cannot do a part, or a package is not
+            installed.
+        RunError: also where the files answer otherwise than the model.
     """
     check_path(path, overwrite, f"params{form.suffix}")
     check_portable(model, form.name)
@@ -224,12 +212,10 @@ def example_rows(model: MDN, rows: int = ROWS) -> tuple[Any, np.ndarray]:
     encoder = model.encoder
     if isinstance(encoder, Columns):
         mean, scale = np.array([[column.mean, column.scale] for column in encoder.columns]).T
-        missing = True
     else:
         mean, scale = encoder.mean.numpy(), 1.0 / encoder.inverse_scale.numpy()
-        missing = encoder.missing == "indicator"
     x: Any = (mean + scale * rng.normal(size=[rows, len(mean)])).astype(np.float32)  # [N, F]
-    if missing:
+    if model.missing == "indicator":
         x[rng.random(x.shape) < ABSENT] = np.nan
     if isinstance(encoder, Columns):
         x = dict(zip(encoder.names, x.T, strict=True))

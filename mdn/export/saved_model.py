@@ -63,11 +63,14 @@ def export_saved_model(
       what `serving_default` returns.
 
     The features are `x` ([B, F], or [B, T, F] for sequences), or one [B] for each raw column: a
-    string ("" where missing) or a number (NaN where missing). A density for each step has batch
-    [B, T] in place of [B]. `mdn.json`, beside `saved_model.pb`, states every name, dtype, shape
-    and unit, and the column of each input: `input_names` says where the two differ. It also holds
-    the versions, the configs, why a signature is left out, what the train rows said of each input
-    (its categories, or mean and scale), and the SHA-256 of each file.
+    string ("" where missing) or a number (NaN where missing). A row that lacks a number which no
+    train row lacked has NaN for answers, unless the model was adapted with missing="indicator". A
+    density for each step has batch [B, T] in place of [B].
+
+    `mdn.json`, beside `saved_model.pb`, states every name, dtype, shape and unit, and the column
+    of each input: `input_names` says where the two differ. It also holds the versions, the
+    configs, why a signature is left out, what the train rows said of each input (its categories,
+    or mean and scale), and the SHA-256 of each file.
 
     Args:
         model: an adapted model; dropout is off in what is written.

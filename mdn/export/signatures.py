@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from mdn.density.given import condition_on_observed
@@ -56,6 +57,11 @@ def signatures(model: MDN, features: Any) -> tuple[dict[str, Any], dict[str, str
 
     rebuild: list[Callable[..., Queries]] = []
 
+    def blank(x: Any, values: tf.Tensor) -> tf.Tensor:
+        """Return values [B, ..] with NaN for the rows that have no answer."""
+        lacking = model.lacking(x)
+        return values if lacking is None else where_rows(lacking, np.nan, values)
+
     # The network and what several signatures ask are functions of their own: in the artefact each
     # stands once, and the signatures call them.
 
@@ -63,7 +69,7 @@ def signatures(model: MDN, features: Any) -> tuple[dict[str, Any], dict[str, str
     def network(x: Any) -> dict[str, tf.Tensor]:
         density = model(x, training=False)
         rebuild[:] = [rebuilder(density)]
-        return density.tensors()
+        return {name: blank(x, value) for name, value in density.tensors().items()}
 
     def density(x: Any) -> Queries:
         tensors = network(x)
@@ -90,7 +96,7 @@ def signatures(model: MDN, features: Any) -> tuple[dict[str, Any], dict[str, str
         return split_transform(density(x))[0].mixture_parameters()._asdict()
 
     def log_prob(x: Any, y: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"log_prob": model.log_density(x, y)}
+        return {"log_prob": blank(x, model.log_density(x, y))}
 
     def cdf(x: Any, y: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"cdf": density(x).cdf(y)}
@@ -147,6 +153,12 @@ def meaning(name: str, transformed: bool) -> str | None:
     if text is not None and transformed and name in _TRANSFORMED:
         return text.replace("the units of y", "units of the transformed targets")
     return text
+
+
+def where_rows(chosen: tf.Tensor, value: float, tensor: tf.Tensor) -> tf.Tensor:
+    """Return a tensor [B, ..] with one value in the rows that are chosen, [B]."""
+    chosen = tf.reshape(chosen, [-1, *[1] * (tensor.shape.rank - 1)])
+    return tf.where(chosen, tf.constant(value, tensor.dtype), tensor)
 
 
 def _function(function: Callable) -> Any:

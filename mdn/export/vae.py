@@ -38,20 +38,8 @@ def export_vae(
 
     `mdn.json`, beside `saved_model.pb`, states every name, dtype and shape.
 
-    Args:
-        model: dropout is off in what is written.
-        path: a directory that does not exist yet.
-        overwrite: replace a SavedModel at `path`, once the new one is whole.
-        targets: the D names of the pixels, for `mdn.json`; by default those that the model knows.
-        config: of the run, for `mdn.json`.
-
-    Returns:
-        The path.
-
-    Raises:
-        ConfigError: there are not D targets.
-        RunError: something else is at `path`, or nothing can be written there; what was there
-            before is then untouched.
+    The arguments and errors are those of `mdn.export.export_saved_model`, with a name in `targets`
+    for each pixel.
     """
     check_path(path, overwrite)
     if len(targets) not in (0, model.event_size):
