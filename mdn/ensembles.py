@@ -215,7 +215,7 @@ class Ensemble(MDN):
         """Whether x holds rows for each member, [M, B, ..]."""
         return not isinstance(x, dict) and x.shape.rank == (self._feature_rank or 2) + 1
 
-    def log_density(self, x: Any, y: tf.Tensor) -> tf.Tensor:
+    def log_density(self, x: Any, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
         return self(x, training=False).log_prob(y)
 
     # ------------------------------------------------------------------ answers for many rows
