@@ -6,16 +6,17 @@ import subprocess
 import sys
 import time
 import typing
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
 import tf_keras
+from forks import ROOT, Fork
 from omegaconf import OmegaConf
 
 import mdn
+from mdn.cli.train import main
 from mdn.config import compose_config, config_dir
 from mdn.options import TrainerOptions
 from mdn.runs import CONTENTS
@@ -36,16 +37,9 @@ def run(directory, *overrides, tiny=(*TINY, *TINY_DATA)):
     return train(compose_config([f"output_dir={directory}", *tiny, *overrides]))
 
 
-def command(directory, *overrides, **kwargs):
-    """Start `python train.py` in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "train.py", f"output_dir={directory}", *overrides],
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
+def command(directory, *overrides):
+    """Start `train.py` in a process of its own."""
+    return Fork(main, ["train.py", f"output_dir={directory}", *overrides], log=directory)
 
 
 def choices(group):
@@ -401,16 +395,21 @@ def test_full_disk_while_the_model_is_saved(tmp_path):
 
 @pytest.mark.slow
 def test_main_job_comes_near_the_entropy(tmp_path):
-    process = command(tmp_path / "run", "model=mixture", "k=3")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert err == ""
+    process = subprocess.run(
+        [sys.executable, "train.py", "model=mixture", "k=3", f"output_dir={tmp_path}/run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["test/n"] == 10_000
     assert metrics["test/regret"] < 0.05
     assert metrics["test/regret"] > -4.0 * metrics["test/regret_se"]
     assert metrics["data/entropy"] == pytest.approx(-1.2263, abs=1e-3)
-    assert out.splitlines()[-1].endswith(f"tensorboard --logdir {tmp_path}/run")
+    last = process.stdout.splitlines()[-1]
+    assert last.endswith(f"tensorboard --logdir {tmp_path}/run")
 
 
 @pytest.mark.slow
