@@ -15,6 +15,39 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 gc.set_threshold(50_000, 20, 20)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _answers_by_graphs():
+    """Let models answer by graphs: XLA takes a second or two for each program of each model.
+
+    Yields what makes the programs otherwise. That XLA answers the same, for every head, is tested
+    in `test_inference`; runs in a process of their own take it too.
+    """
+    from mdn.answers import AnsweringModel
+    from mdn.inference import RowProgram
+
+    whole = AnsweringModel.row_program
+    AnsweringModel.row_program = lambda self, function: RowProgram(function, jit_compile=False)
+    yield whole
+    AnsweringModel.row_program = whole
+
+
+@pytest.fixture
+def xla_answers(_answers_by_graphs, monkeypatch):
+    """Let models answer as they do for a user, by XLA."""
+    monkeypatch.setattr("mdn.answers.AnsweringModel.row_program", _answers_by_graphs)
+
+
+@pytest.fixture
+def bare_runs(monkeypatch):
+    """Let runs draw no figures and export nothing, in tests of what they learn."""
+    from mdn import tasks
+
+    for name in ("save_plots", "save_vae_plots", "write_figures"):
+        monkeypatch.setattr(tasks, name, lambda *args, **kwargs: None)
+    for task in (tasks.DensityTask, tasks.VAETask):
+        monkeypatch.setattr(task, "export", lambda *args, **kwargs: None)
+
+
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory):
     """Return (model, folder of its SavedModel) by case: one target and several, of each kind of x.

@@ -409,7 +409,7 @@ def train_and_die():
 
 
 @pytest.mark.slow
-def test_killed_run_ends_as_the_uninterrupted_one(file, tmp_path):
+def test_killed_run_ends_as_the_uninterrupted_one(file, tmp_path, bare_runs):
     options = ("trainer.epochs=4", "trainer.schedule=constant")
     metrics = run(tmp_path / "whole", file, *options)
     assert metrics["train/epochs"] == 4

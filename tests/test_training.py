@@ -108,7 +108,7 @@ def test_finished_run_is_not_touched(finished):
 
 
 @one_worker
-def test_seed_decides_the_run(finished, tmp_path):
+def test_seed_decides_the_run(finished, tmp_path, bare_runs):
     _, metrics = finished
     bare = ("callbacks.tensorboard=null", "callbacks.checkpoint=null")  # they change no run
     again, other = run(tmp_path / "0", *bare), run(tmp_path / "1", "seed=1", *bare)
@@ -117,7 +117,7 @@ def test_seed_decides_the_run(finished, tmp_path):
 
 
 @one_worker
-def test_init_from_starts_at_the_weights_of_a_run(finished, tmp_path):
+def test_init_from_starts_at_the_weights_of_a_run(finished, tmp_path, bare_runs):
     directory, metrics = finished
     slow = ("optimizer.learning_rate=1e-12", "trainer.epochs=1")
     again = run(tmp_path / "again", f"init_from={directory}", *slow)
@@ -413,7 +413,7 @@ def test_main_job_comes_near_the_entropy(tmp_path):
 
 
 @pytest.mark.slow
-def test_no_component_dies(tmp_path):
+def test_no_component_dies(tmp_path, bare_runs):
     run(  # of three members, each as a run of its own seed
         tmp_path / "run",
         *("k=8", "ensemble=3", "callbacks.tensorboard.image_every=0"),
@@ -431,7 +431,7 @@ def test_no_component_dies(tmp_path):
 
 
 @pytest.mark.slow
-def test_flights_beat_one_gaussian_by_far(tmp_path):
+def test_flights_beat_one_gaussian_by_far(tmp_path, bare_runs):
     metrics = run(
         tmp_path / "run",
         *("data=flights", "model=mixture", "k=5", "callbacks.tensorboard=null"),

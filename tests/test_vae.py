@@ -524,7 +524,7 @@ def test_every_other_option_trains(options, tmp_path):
 
 
 @one_worker
-def test_init_from(finished, tmp_path):
+def test_init_from(finished, tmp_path, bare_runs):
     directory, metrics = finished
     slow = ("optimizer.learning_rate=1e-12", "trainer.epochs=1")
     again = run(tmp_path / "again", f"init_from={directory}", *slow)
@@ -600,7 +600,7 @@ def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_compared_fits_are_those_of_runs(tmp_path):
+def test_compared_fits_are_those_of_runs(tmp_path, bare_runs):
     options = ("trainer.epochs=10", "trainer.compiled=true", "callbacks.early_stopping=null")
     alone = run(tmp_path / "run", *options)
     config = compose_config([*TINY, *options])
