@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -22,7 +23,8 @@ from mdn.density.draws import draw
 from mdn.density.given import condition_on_observed
 from mdn.errors import ConfigError, RunError
 from mdn.export import export_saved_model
-from mdn.export.saved_model import input_names
+from mdn.export.saved_model import feature_specs, input_names
+from mdn.export.signatures import signatures as trace
 
 # On one worker, which makes the fixtures once.
 pytestmark = pytest.mark.xdist_group("export")
@@ -360,8 +362,15 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@functools.cache
+def traced(model):
+    return trace(model, feature_specs(model))
+
+
 @pytest.fixture
-def two_models(exported):
+def two_models(exported, monkeypatch):
+    """Return two models, which are traced once for all tests of what is written where."""
+    monkeypatch.setattr("mdn.export.saved_model.signatures", lambda model, _: traced(model))
     return exported["diag"][0], exported["tril"][0]
 
 
