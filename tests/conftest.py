@@ -8,6 +8,11 @@ import pytest
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
+# What XLA takes to make a program fast, four times what it needs otherwise, no test earns back.
+# Processes that tests start do the same, but for the one of the main job.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 # Several workers share the cores, and threads of BLAS that wait for each other spin.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
