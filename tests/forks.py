@@ -5,6 +5,7 @@ Each is a process of its own all the same, with a runtime of its own, and can be
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,7 @@ def _begin(
     for standard, path in ((1, out), (2, err)):
         with open(path, "wb") as file:
             os.dup2(file.fileno(), standard)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs of some shells
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = words
