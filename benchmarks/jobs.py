@@ -1,4 +1,4 @@
-"""Units of work in a few processes, each of which does one after the other."""
+"""Units of work in a few processes, each of which does one after the other; and how they end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from mdn.errors import MDNError, RunError
@@ -15,6 +17,19 @@ from mdn.errors import MDNError, RunError
 _SPAWN = multiprocessing.get_context("spawn")
 
 Work = Callable[[Any, Callable[[Any], None]], None]
+
+
+def exit_code(run: Callable[[], None], results: Path) -> int:
+    """Run what goes on from a file of results: 0, 2 after a mistake, 130 after Ctrl-C."""
+    try:
+        run()
+    except MDNError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command goes on from {results}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def run_units(work: Work, units: Sequence[Any], jobs: int, receive: Callable[[Any], None]) -> None:

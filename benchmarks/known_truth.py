@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.jobs import run_units
+from benchmarks.jobs import exit_code, run_units
 from mdn.cli.quiet import import_tensorflow
 from mdn.errors import MDNError
 
@@ -277,16 +277,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "held_out": HELD_OUT,
         "seed": options.seed,
     }
-    console = Console()
-    try:
-        results = Results.open(options.json, settings)
-        run(options, results, console)
-    except MDNError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command goes on from {options.json}", file=sys.stderr)
-        return 130
+    return exit_code(lambda: report(options, settings), options.json)
+
+
+def report(options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Measure what is not measured yet, print the table, and write the page if there is to be one.
+
+    Raises:
+        MDNError: what the user can mend.
+    """
+    results = Results.open(options.json, settings)
+    run(options, results, Console())
     print(markdown(results, options.tasks, options.n))
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
@@ -294,7 +295,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(results, options.output / "known_truth.png")
         print(f"written: {options.output / 'known_truth.md'}")
     print(f"all numbers: {options.json}")
-    return 0
 
 
 def run(options: argparse.Namespace, results: Results, console: Console) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,9 @@ class AnsweringModel(TrainedModel):
 
         Args:
             x: a mapping of columns, which becomes [N, C] float32; anything else is returned as is.
+
+        Raises:
+            DataError: an array of other features than the model has.
         """
         self._check_adapted()
         x = as_features(x)
@@ -100,6 +104,9 @@ class AnsweringModel(TrainedModel):
 
         Returns:
             The head's type, batch [N] or [N, T]; its `parameters` are NumPy arrays.
+
+        Raises:
+            DataError: there are no rows, or they have other features than the model.
         """
         parts = [density for _, density in self.densities(x, batch_size)]
         if not parts:
@@ -127,13 +134,25 @@ class AnsweringModel(TrainedModel):
                 f"y has shape {list(y.shape)}: give [{len(x)}, {self.head.event_size}], a row of "
                 "targets for each row of x"
             )
-        parts = [
-            part.numpy()
-            for _, part in self._over_rows(
-                "log_prob", lambda x, y: self(x, training=False).log_prob(y), [x, y], batch_size
-            )
-        ]
+        complete = not np.isnan(y).any()
+        answers = self._over_rows(
+            "log_prob of complete rows" if complete else "log_prob",
+            partial(self.log_density, complete=complete),
+            [x, y],
+            batch_size,
+        )
+        parts = [part.numpy() for _, part in answers]
         return np.concatenate(parts) if parts else np.zeros(y.shape[:-1], y.dtype)
+
+    def log_density(self, x: Any, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
+        """Return log p(y | x) of a batch, as `self(x).log_prob(y)` does.
+
+        Args:
+            x: as for a call.
+            y: [B, D] or [B, T, D] in the user's units; an entry that is NaN is marginalised.
+            complete: none is, and the answer may be found faster.
+        """
+        return self(x, training=False).log_prob(y)
 
     def predict(
         self, x: Any, batch_size: int | None = None, verbose: Any = "auto", **kwargs: Any

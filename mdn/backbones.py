@@ -75,6 +75,9 @@ class Dropout(layers.Layer):
     Args:
         rate: share of the units to drop, in [0, 1).
         **kwargs: as for any Keras layer.
+
+    Raises:
+        ConfigError: the rate is outside of its range.
     """
 
     def __init__(self, rate: float, **kwargs: Any) -> None:

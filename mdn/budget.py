@@ -8,6 +8,7 @@ import math
 from omegaconf import DictConfig
 
 from mdn.data.rows import Data
+from mdn.errors import DataError
 
 SMALLEST_BATCH, LARGEST_BATCH = 32, 256
 LEAST_STEPS, MOST_STEPS = 2500, 8000
@@ -26,7 +27,11 @@ def train_steps(rows: int, batch: int) -> int:
 
 
 def settle(config: DictConfig, data: Data) -> DictConfig:
-    """Return the config with numbers in place of each `auto` of the trainer."""
+    """Return the config with numbers in place of each `auto` of the trainer.
+
+    Raises:
+        DataError: there are fewer rows than folds.
+    """
     config = copy.deepcopy(config)
     trainer = config.trainer
     rows = data.train_rows + (len(data.validation) if config.ensemble > 1 else 0)
@@ -38,11 +43,29 @@ def settle(config: DictConfig, data: Data) -> DictConfig:
 
 
 def member_rows(config: DictConfig, data: Data) -> int:
-    """Return the number of rows that each network learns from."""
+    """Return the number of rows that each network learns from.
+
+    Raises:
+        DataError: there are fewer rows than folds.
+    """
     if config.folds is None or not is_random(config, data):
         return data.train_rows
+    return data.train_rows + len(data.validation) - fold_size(config, data)
+
+
+def fold_size(config: DictConfig, data: Data) -> int:
+    """Return how many of the train and validation rows each of `config.folds` holds out.
+
+    Raises:
+        DataError: none, as there are more folds than rows.
+    """
     rows = data.train_rows + len(data.validation)
-    return rows - rows // config.folds
+    if rows < config.folds:
+        raise DataError(
+            f"folds={config.folds}: {rows} train and validation rows cannot be cut into so many "
+            f"parts; set folds={rows}, or give more rows"
+        )
+    return rows // config.folds
 
 
 def is_random(config: DictConfig, data: Data) -> bool:

@@ -1,8 +1,7 @@
 """`Ensemble`: M members stacked on a leading axis, trained by one program; one predictive density.
 
-Each weight of a member is a slice of a variable [M, ..], so that a step of all members is a step
-of one network whose products are batched. No operation mixes two slices in training, and an
-optimizer works on each number by itself: member m learns what it would have learned alone.
+No operation mixes two members in training (see `mdn.members`), and an optimizer works on each
+number by itself: member m learns what it would have learned alone.
 
 Shape letters: B batch, T time, F features, H hidden, P parameters, D event size, K components,
 M ensemble members, N rows, S steps of a chunk.
@@ -14,14 +13,13 @@ import dataclasses
 import math
 import types
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from tf_keras import layers
 
-from mdn import backbones, losses
+from mdn import losses
 from mdn.compiled import EVALUATION_BATCH, check_sizes
 from mdn.data.pipeline import Batches, evaluation_batches, training_batches
 from mdn.data.rows import Features
@@ -30,54 +28,13 @@ from mdn.density.mixing import mixture_of
 from mdn.density.queries import Queries
 from mdn.errors import ConfigError
 from mdn.inference import largest_batch
+from mdn.members import StackedNetwork, copy_network, own_weights
+from mdn.metrics import MemberMeans
 from mdn.model import MDN, PARTS
 from mdn.recalibration import RecalibrationFit
+from mdn.uncertainty import Uncertainty, split_covariance
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
-
-# What `_apply` knows how to stack.
-BACKBONES = (backbones.MLP, backbones.ResNet, backbones.Constant)
-
-
-class Uncertainty(NamedTuple):
-    """The covariance of an ensemble's predictive density in two parts, which sum to it.
-
-    Attributes:
-        aleatoric: [N, D, D] or [N, T, D, D], the mean of the members' covariances: the noise in
-            y that they agree on.
-        epistemic: of the same shape, the covariance of the members' means: where they differ.
-    """
-
-    aleatoric: np.ndarray
-    epistemic: np.ndarray
-
-
-class MemberMeans(tf_keras.metrics.Metric):
-    """The NLL of each member, a mean over the rows so far; as the metrics nll_0, nll_1, ..
-
-    Args:
-        members: M.
-    """
-
-    def __init__(self, members: int) -> None:
-        super().__init__(name="members")
-        self.names = [f"nll_{m}" for m in range(members)]
-        self.total, self.count = (
-            self.add_weight(name, [members], initializer="zeros") for name in ("total", "count")
-        )
-
-    def update_state(self, values: tf.Tensor, sample_weight: tf.Tensor) -> None:
-        """Count the mean [M] of so many rows, [M]."""
-        self.total.assign_add(tf.cast(values * sample_weight, self.total.dtype))
-        self.count.assign_add(tf.cast(sample_weight, self.count.dtype))
-
-    def reset_state(self) -> None:
-        for variable in (self.total, self.count):
-            variable.assign(tf.zeros_like(variable))
-
-    def result(self) -> dict[str, tf.Tensor]:
-        means = tf.unstack(tf.math.divide_no_nan(self.total, self.count))
-        return dict(zip(self.names, means, strict=True))
 
 
 @register
@@ -100,16 +57,8 @@ class Ensemble(MDN):
     def __init__(self, model: MDN, members: int = 5, **kwargs: Any) -> None:
         # Not MDN's own: the head and backbone of the template are no weights of the ensemble.
         super(MDN, self).__init__(**kwargs)
-        if members < 1:
-            raise ConfigError(f"members={members}: an ensemble needs at least one")
-        if type(model.backbone) not in BACKBONES:
-            raise ConfigError(
-                f"the backbone {type(model.backbone).__name__} cannot be stacked: use one of "
-                f"{', '.join(b.__name__ for b in BACKBONES)}, or train the members one by one"
-            )
-        self.members = int(members)
-        # In a namespace, so that Keras does not take the template's weights for the ensemble's.
-        self._template = types.SimpleNamespace(model=_copy(model), stacked={})
+        self._network = StackedNetwork(model, members)
+        self.members = self._network.members
         self.encoder: Any = model.encoder
         self.embedding: Any = model.embedding
         self.missing = "error"
@@ -132,12 +81,12 @@ class Ensemble(MDN):
     @property
     def head(self) -> Any:
         """The head that makes densities of stacked parameters; its kernel and bias are unused."""
-        return self._template.model.head
+        return self._network.template.head
 
     @property
     def backbone(self) -> Any:
         """The backbone whose layers are stacked; its weights are unused."""
-        return self._template.model.backbone
+        return self._network.template.backbone
 
     @property
     def parts(self) -> list[Any]:
@@ -149,11 +98,11 @@ class Ensemble(MDN):
     @property
     def stacked_weights(self) -> list[tf.Variable]:
         """The weights of the members, [M, ..] each."""
-        return list(self._template.stacked.values())
+        return self._network.weights
 
     @property
     def turned(self) -> list[tf.Variable]:
-        return [self._stack(self.head.kernel)]
+        return [self._network.variable(self.head.kernel)]
 
     def are_stacked(self) -> list[bool]:
         """Return which of `weights` have a slice for each member."""
@@ -177,43 +126,24 @@ class Ensemble(MDN):
         Raises:
             DataError: as `MDN.adapt` does.
         """
-        template: MDN = self._template.model
+        template = self._network.template
         template.encoder, template.embedding = self.encoder, self.embedding
         template.adapt(x, y, missing=missing, seed=seed)
         self.encoder, self.missing = template.encoder, template.missing
         rank = template.get_build_config()["feature_rank"]
         self._build_network(rank)
-        starts = []
-        for m in range(self.members):
-            tf_keras.utils.set_random_seed(seed + m)
-            member = _copy(template)
-            member.encoder, member.embedding = template.encoder, template.embedding
-            member.head.adapt(template.known_targets(x, y), seed=seed + m)
-            member.build_from_config({"feature_rank": rank})
-            starts.append([weight.numpy() for weight in _weights(member)])
-        for variable, values in zip(self.stacked_weights, zip(*starts, strict=True), strict=True):
-            variable.assign(np.stack(values))
+        self._network.start(x, y, rank, seed)
 
     def _build_network(self, rank: int) -> None:
-        template: MDN = self._template.model
+        template = self._network.template
         template.encoder, template.embedding = self.encoder, self.embedding
-        template.build_from_config({"feature_rank": rank})
-        if not self._template.stacked:
-            for weight in _weights(template):
-                self._template.stacked[weight.ref()] = self.add_weight(
-                    name=weight.name.partition(":")[0].replace("/", "_"),
-                    shape=[self.members, *weight.shape],
-                    dtype=weight.dtype,
-                    trainable=weight.trainable,
-                    initializer="zeros",
-                    experimental_autocast=False,
-                )
+        self._network.build(rank, self.add_weight)
         super()._build_network(rank)
 
     def member(self, m: int) -> MDN:
         """Return member m as a model of its own, with a copy of its weights."""
         self._check_adapted()
-        member = _copy(self._template.model)
+        member = copy_network(self._network.template)
         member.encoder = type(self.encoder).from_config(self.encoder.get_config())
         if self.embedding is not None:
             member.embedding = type(self.embedding).from_config(self.embedding.get_config())
@@ -221,7 +151,7 @@ class Ensemble(MDN):
         member.missing = self.missing
         member.build_from_config(self.get_build_config())
         member.encoder.set_weights(self.encoder.get_weights())
-        for variable, value in zip(_weights(member), self.stacked_weights, strict=True):
+        for variable, value in zip(own_weights(member), self.stacked_weights, strict=True):
             variable.assign(value[m])
         for name, variable in self.head.statistics.items():
             getattr(member.head, name).assign(variable)
@@ -245,8 +175,7 @@ class Ensemble(MDN):
 
     def _densities(self, hidden: tf.Tensor, batch: Any) -> Queries:
         head = self.head
-        params = tf.matmul(hidden, self._stack(head.kernel))
-        params += self._stack(head.bias)[:, tf.newaxis]  # [M, n, P]
+        params = self._network.params(hidden)  # [M, n, P]
         params = tf.reshape(params, tf.concat([[self.members], batch, [head.params_size]], 0))
         return head.distribution(params)
 
@@ -268,7 +197,7 @@ class Ensemble(MDN):
         if own and x.shape[1:-1].is_fully_defined():  # static, which XLA likes
             features.set_shape([self.members, math.prod(x.shape[1:-1]), size])
             batch = x.shape[1:-1].as_list()
-        hidden = self._apply(self.backbone, features, training)  # [M, n, H]
+        hidden = self._network.apply(self.backbone, features, training)  # [M, n, H]
         return tf.cast(hidden, self.head.dtype), batch
 
     def _log_prob(self, hidden: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
@@ -277,8 +206,7 @@ class Ensemble(MDN):
         y is [M, B, D] or [M, B, T, D] without missing entries.
         """
         head = self.head
-        params = tf.matmul(self._stack(head.kernel), hidden, transpose_a=True, transpose_b=True)
-        params += self._stack(head.bias)[..., tf.newaxis]  # [M, P, n]
+        params = self._network.turned_params(hidden)  # [M, P, n]
         y = tf.cast(y, head.dtype)
         rows = tf.reshape(y, [self.members, -1, head.event_size])
         return tf.reshape(head.params_log_prob(params, rows), tf.shape(y)[:-1])
@@ -287,55 +215,7 @@ class Ensemble(MDN):
         """Whether x holds rows for each member, [M, B, ..]."""
         return not isinstance(x, dict) and x.shape.rank == (self._feature_rank or 2) + 1
 
-    def _stack(self, weight: tf.Variable) -> tf.Variable:
-        """Return the variable [M, ..] that stands for a weight of the template."""
-        return self._template.stacked[weight.ref()]
-
-    def _apply(self, layer: Any, hidden: tf.Tensor, training: bool | None) -> tf.Tensor:
-        """Return what the members' copies of a layer make of [M, n, H]."""
-        if isinstance(layer, backbones.Constant):
-            return tf.zeros_like(hidden[..., :1])
-        if isinstance(layer, backbones.Backbone):
-            for inner in layer.chain:
-                hidden = self._apply(inner, hidden, training)
-            return hidden
-        if isinstance(layer, backbones.ResidualBlock):
-            before = hidden
-            for inner in layer.chain:
-                hidden = self._apply(inner, hidden, training)
-            return before + hidden
-        hidden = tf.cast(hidden, layer.compute_dtype)
-        if isinstance(layer, layers.Dense):
-            kernel, bias = (
-                tf.cast(self._stack(w), layer.compute_dtype) for w in (layer.kernel, layer.bias)
-            )
-            return layer.activation(tf.matmul(hidden, kernel) + bias[:, tf.newaxis])
-        if isinstance(layer, layers.Activation):
-            return layer.activation(hidden)
-        if isinstance(layer, layers.LayerNormalization):
-            exact = tf.cast(hidden, tf.float32)  # as Keras does, whatever the policy
-            mean, variance = tf.nn.moments(exact, axes=[-1], keepdims=True)
-            gamma, beta = (self._stack(w)[:, tf.newaxis] for w in (layer.gamma, layer.beta))
-            scaled = gamma * (exact - mean) * tf.math.rsqrt(variance + layer.epsilon) + beta
-            return tf.cast(scaled, layer.compute_dtype)
-        if isinstance(layer, backbones.Dropout):
-            return self._drop(layer, hidden) if training and layer.rate else hidden
-        raise ConfigError(f"a layer {type(layer).__name__} cannot be stacked: leave it out")
-
-    def _drop(self, layer: backbones.Dropout, hidden: tf.Tensor) -> tf.Tensor:
-        """Drop units of each member as its own seed says: the masks that it would have alone."""
-        state = self._stack(layer.state)  # [M, 2]
-        now = tf.identity(state)
-        state.assign_add(tf.tile([[0, 1]], [self.members, 1]))
-        seeds = tf.unstack(now * [[1, 1024]])
-        return tf.stack(
-            [
-                backbones.drop(one, layer.rate, seed)
-                for one, seed in zip(tf.unstack(hidden), seeds, strict=True)
-            ]
-        )
-
-    def log_density(self, x: Any, y: tf.Tensor) -> tf.Tensor:
+    def log_density(self, x: Any, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
         return self(x, training=False).log_prob(y)
 
     # ------------------------------------------------------------------ answers for many rows
@@ -606,31 +486,3 @@ class Ensemble(MDN):
         model.missing = config["missing"]
         model.restore_names(config)
         return model
-
-
-def _copy(model: MDN) -> MDN:
-    """Return a model with a head and a backbone of the same options, and weights of its own."""
-    head, backbone = (
-        type(part).from_config(part.get_config()) for part in (model.head, model.backbone)
-    )
-    return MDN(head, backbone, model.encoder, model.embedding)
-
-
-def _weights(model: MDN) -> list[tf.Variable]:
-    """Return the weights of which each member has its own."""
-    return [*model.backbone.weights, model.head.kernel, model.head.bias]
-
-
-def split_covariance(members: Queries) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the mean of the covariances and the covariance of the means, over members.
-
-    Args:
-        members: batch [M, ..], event [D].
-
-    Returns:
-        [.., D, D] each; their sum is the covariance of the members' mixture.
-    """
-    mean = members.mean()  # [M, .., D]
-    deviation = mean - tf.reduce_mean(mean, axis=0)
-    epistemic = tf.reduce_mean(deviation[..., tf.newaxis] * deviation[..., tf.newaxis, :], axis=0)
-    return tf.reduce_mean(members.covariance(), axis=0), epistemic

@@ -2,6 +2,8 @@
 
 Both layers are fitted on train rows with `adapt` before their first call, and travel in `.keras`
 files and SavedModels with the model.
+
+Shape letters: B batch, N rows, T time, F features, F' columns that come out, C coded columns.
 """
 
 from __future__ import annotations
@@ -68,13 +70,20 @@ class Standardize(tf_keras.layers.Layer):
 
     @property
     def output_size(self) -> int:
-        """F', the number of columns that come out."""
+        """F', the number of columns that come out; a ValueError before there are any."""
         if self.features is None:
             raise ValueError("Standardize has no size yet: call adapt or build first")
         return max(1, self.features + len(self.indicator))
 
     def adapt(self, x: np.ndarray) -> None:
-        """Fit the statistics to train rows, [N, F] or [N, T, F], which pass `check_features`."""
+        """Fit the statistics to train rows.
+
+        Args:
+            x: [N, F] or [N, T, F], which passes `mdn.data.checks.check_features`.
+
+        Raises:
+            DataError: the layer was built for another number of features.
+        """
         x = np.asarray(x)
         # In the float32 values that the layer will see: a feature constant there has scale 1.
         rows = (
@@ -97,7 +106,11 @@ class Standardize(tf_keras.layers.Layer):
         self.inverse_scale.assign(1 / scale)
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Map [.., F] to [.., F'] float32."""
+        """Map [.., F] to [.., F'] float32.
+
+        Raises:
+            DataError: there are not F features.
+        """
         inputs = tf.cast(inputs, tf.float32)
         if inputs.shape[-1] not in (self.features, None):
             raise DataError(

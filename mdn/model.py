@@ -47,6 +47,9 @@ class MDN(AnsweringModel):
         embedding: of encoded features, such as `mdn.embeddings.PiecewiseLinear()`; or None.
         **kwargs: as for any Keras model.
 
+    Raises:
+        ConfigError: the head is none of `mdn.heads`.
+
     Called on x ([B, F], [B, T, F], or a mapping of columns [B]) it returns a density with batch
     [B] or [B, T] and event [D], in the units of y; see `mdn.density`.
     """
@@ -315,20 +318,11 @@ class MDN(AnsweringModel):
         density = self(x, training=training)
         return self.compute_loss(x, y, density, sample_weight, training), density
 
-    def log_density(self, x: Any, y: tf.Tensor) -> tf.Tensor:
-        """Return log p(y | x) of a batch, as `self(x).log_prob(y)` does, but faster.
-
-        Args:
-            x: as for a call.
-            y: [B, D] or [B, T, D] in the user's units; an entry that is NaN is marginalised.
-        """
+    def log_density(self, x: Any, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
+        if not complete:
+            return super().log_density(x, y)
         self._check_adapted()
-        hidden = self._hidden(x, training=False)
-        return tf.cond(
-            tf.reduce_any(tf.math.is_nan(y)),
-            lambda: self.head(hidden).log_prob(y),
-            lambda: self.head.log_prob(hidden, y),
-        )
+        return self.head.log_prob(self._hidden(x, training=False), y)
 
     def predict_step(self, data: Any) -> tf.Tensor:
         x, _, _ = tf_keras.utils.unpack_x_y_sample_weight(data)

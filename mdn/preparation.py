@@ -9,7 +9,7 @@ import tf_keras
 from omegaconf import DictConfig, OmegaConf
 
 from mdn.base import TrainedModel
-from mdn.budget import epoch_steps, is_random
+from mdn.budget import epoch_steps, fold_size, is_random
 from mdn.compiled import EVALUATION_BATCH
 from mdn.config import make
 from mdn.data.pipeline import Batches, evaluation_batches, training_batches
@@ -105,6 +105,6 @@ def member_folds(config: DictConfig, data: Data) -> tuple[np.ndarray, np.ndarray
         learned, folds = (np.tile(part, [config.ensemble, 1]) for part in (rows[:n], rows[n:]))
         return learned, folds
     if config.folds is not None:
-        kept = (n + kept) // config.folds
+        kept = fold_size(config, data)
     rest = np.random.default_rng([config.seed, 0x656E73]).permutation(n)
     return draw_folds(np.append(rows[n:], rest), kept, config.ensemble)

@@ -1,7 +1,7 @@
 """`MDNRegressor`: a conditional density as a scikit-learn estimator.
 
-Shape letters: N rows, F features, D targets, K components, M ensemble members, B batch, S steps of
-a chunk, Q probabilities.
+Shape letters: N rows, F features, D targets, K components, M ensemble members, B batch,
+Q probabilities.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import numbers
 import os
 import random
@@ -24,9 +23,7 @@ import pandas as pd
 import tensorflow as tf
 import tf_keras
 
-from mdn import backbones, budget, heads
-from mdn.callbacks.stopping import EarlyStopping, MemberStopping
-from mdn.data.pipeline import evaluation_batches, training_batches
+from mdn import backbones, heads
 from mdn.data.rows import Data, Rows
 from mdn.data.splits import draw_folds
 from mdn.density.queries import Queries
@@ -36,7 +33,7 @@ from mdn.features import as_features
 from mdn.model import MDN, load
 from mdn.options import AUTO
 from mdn.selection import Selection, choose, held_out_nll
-from mdn.shared_loop import shared_fit
+from mdn.short_fit import fit_folds
 
 try:
     from sklearn.base import BaseEstimator, RegressorMixin
@@ -52,7 +49,6 @@ COVARIANCES = {
     "diag": heads.MixtureDiag,
     "precision": heads.MixturePrecision,
 }
-CHUNK = 100  # steps between two looks at the held-out rows
 EAGER_ROWS = 4096
 _OPTIONS = "regressor.json"  # in a saved file, beside what Keras writes
 
@@ -196,63 +192,23 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         self, k: int, rows: Rows, folds: tuple[np.ndarray, np.ndarray], seed: int
     ) -> tuple[MDN, dict[str, list[float]]]:
         """Return a trained model of k components, and its history."""
-        train, held_out = folds
         model = self._make_model(k, rows.y.shape[1])
         # One member's scaling is of the rows it learns from; an ensemble's is common to all.
-        known = rows.take(train[0]) if self.members == 1 else rows
+        known = rows.take(folds[0][0]) if self.members == 1 else rows
         model.adapt(known.x, known.y, missing=self.missing, seed=seed)
-        arrays = model.arrays(rows)
-        batch_size = self.batch_size or budget.batch_size(train.shape[1])
-        steps = self.steps or budget.train_steps(train.shape[1], batch_size)
-        chunk = min(CHUNK, steps)
-        chunks = math.ceil(steps / chunk)
-        # So often that a chunk is less than a pass: a program then serves any number of rows.
-        rows_of_members = np.tile(train, [1, math.ceil(chunk * batch_size / train.shape[1])])
-        order: dict[str, Any] = {"seed": seed, "steps": chunk, "chunk": chunk, "complete": True}
-        if self.members > 1:
-            batches = training_batches(arrays, batch_size, **order, members=rows_of_members)
-        else:
-            own = tuple(a[rows_of_members[0]] for a in arrays)
-            batches = training_batches(own, batch_size, **order)
-        looks = None
-        callbacks = []
-        if held_out.size:
-            looks = self._held_out_batches(arrays, held_out)
-            stopping = EarlyStopping if self.members == 1 else MemberStopping
-            callbacks = [stopping("val_nll", patience=self.patience)]
-        warmup = max(1, chunk * chunks // 50)
-        schedule = {
-            "initial_learning_rate": 0.0,
-            "warmup_target": self.learning_rate,
-            "warmup_steps": warmup,
-            "decay_steps": max(1, chunk * chunks - warmup),
-        }
-        history = shared_fit(
+        history = fit_folds(
             model,
-            lambda: tf_keras.optimizers.Adam(
-                tf_keras.optimizers.schedules.CosineDecay(**schedule)
-            ),
-            self.loss,
-            batches,
-            looks,
-            about=[schedule, batch_size, chunk],
-            epochs=chunks,
-            callbacks=callbacks,
+            rows,
+            folds,
+            loss=self.loss,
+            learning_rate=self.learning_rate,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            patience=self.patience,
+            seed=seed,
             verbose=self.verbose,
         )
         return model, history
-
-    def _held_out_batches(self, arrays: tuple[np.ndarray, ...], held_out: np.ndarray) -> Any:
-        """Return the held-out rows, filled up to one of a few sizes by rows without a target."""
-        size = held_out.shape[1]
-        missing = max(256, 2 ** (size - 1).bit_length()) - size
-        filler = [array[:1] for array in arrays]
-        filler[1] = np.full_like(filler[1], np.nan)
-        arrays = tuple(np.concatenate(pair) for pair in zip(arrays, filler, strict=True))
-        rows = np.pad(held_out, [[0, 0], [0, missing]], constant_values=len(arrays[0]) - 1)
-        if self.members > 1:
-            return evaluation_batches(arrays, EAGER_ROWS, complete=True, members=rows)
-        return evaluation_batches(tuple(a[rows[0]] for a in arrays), EAGER_ROWS, complete=True)
 
     def _make_model(self, k: int, d: int) -> MDN:
         head = COVARIANCES[self.covariance](d, k, target_transform=self.target_transform)
@@ -321,6 +277,9 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         Args:
             X: as for `fit`.
             quantiles: probabilities, above zero and below one.
+
+        Raises:
+            ConfigError: one is not.
         """
         levels = [float(q) for q in np.ravel(quantiles)]
         for level in levels:
@@ -340,6 +299,12 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         Args:
             X: as for `fit`.
             level: the probability of the interval.
+
+        Returns:
+            The lower and the upper ends, [N] each, or [N, D] where y had columns.
+
+        Raises:
+            ConfigError: the level is not above zero and below one.
         """
         if not 0.0 < level < 1.0:
             raise ConfigError(f"level={level}: must be a probability between 0 and 1")
@@ -357,6 +322,9 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         Args:
             X: as for `fit`.
             y: [N] or [N, D], in its own units.
+
+        Raises:
+            DataError: y has another number of targets than the model.
         """
         check_is_fitted(self)
         x, y = self._check_rows(X, y, reset=False)

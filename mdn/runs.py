@@ -54,7 +54,7 @@ class RunDirectory:
     def __init__(self, config: DictConfig, overrides: list[str] | None = None) -> None:
         self.config = config
         self.overrides = overrides or []
-        self.path = Path(config.output_dir or _new_path(config))
+        self.path = Path(config.output_dir or _new_path())
         self.overwrite = bool(config.overwrite)
         self.resumed = self._check()
 
@@ -94,7 +94,11 @@ class RunDirectory:
         return True
 
     def create(self) -> None:
-        """Make the directory with `.hydra/`; with `overwrite`, remove the run before."""
+        """Make the directory with `.hydra/`; with `overwrite`, remove the run before.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         try:
             if self.overwrite:
                 for name in (*CONTENTS, *EXPORTED):
@@ -124,7 +128,11 @@ class RunDirectory:
             handler.close()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file, whole or not at all.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         partial = self / f".{name}.partial"
         try:
             partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -224,7 +232,7 @@ def _git_revision() -> str | None:
     return head.stdout.strip() + ("+" if changed.returncode else "")
 
 
-def _new_path(config: DictConfig) -> Path:
+def _new_path() -> Path:
     now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
     return Path("runs") / now
 

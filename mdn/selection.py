@@ -182,33 +182,62 @@ def held_out_nll(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the NLL of the rows that a model did not learn from, and their weights.
 
+    Of a model that trains with jitter it is that of the cells around the targets, which `fit`
+    validates by: at ties the density itself has no limit.
+
     Args:
         model: trained.
         data: whose validation rows were held out. Rows without weight or targets are left out; of
             sequences, such steps.
         folds: [M, n], of an ensemble each of whose members holds out others of the train rows and
             validation rows, which are counted through: the rows of each. A row is then judged by
-            the members that did not learn from it; of targets on a grid, as `fit` validates.
+            the members that did not learn from it.
 
     Returns:
         [n] nats, and [n].
     """
+    rows = _held_out_rows(data, folds)
     if folds is None:
-        nll, rows = -model.log_prob(data.validation.x, data.validation.y), [data.validation]
+        nll = _validation_nll(model, data.validation)
     else:
         every, own = np.unique(folds, return_inverse=True)
-        n = len(data.train)
-        places = every[every < n], every[every >= n] - n
-        rows = [r.take(at) for r, at in zip((data.train, data.validation), places, strict=True)]
         log_prob: Any = [model.member_log_prob(r.x, r.y, cells=True) for r in rows if len(r)]
         log_prob = np.concatenate(log_prob)  # [N, M] or [N, T, M]
         held = np.zeros([len(every), len(folds)])
         held[own.reshape(folds.shape), np.arange(len(folds))[:, np.newaxis]] = 1.0
         held = held.reshape(len(held), *[1] * (log_prob.ndim - 2), -1)
-        nll = -(log_prob * held).sum(axis=-1) / held.sum(axis=-1)
+        # What the others say of rows they learned from may not be finite.
+        nll = -np.where(held > 0.0, log_prob, 0.0).sum(axis=-1) / held.sum(axis=-1)
+    counted = np.concatenate([find_counted(r) for r in rows])
+    return nll[counted], held_out_weight(data, folds)
+
+
+def _validation_nll(model: MDN, rows: Rows) -> np.ndarray:
+    """Return the NLL of each row, [N] or [N, T]; of a model with jitter, of the cells of y."""
+    if model._jitter is None:
+        return -model.log_prob(rows.x, rows.y)
+    from mdn.losses import CellNLL
+
+    nll = CellNLL(model._jitter.step)
+    parts = [nll(rows.y[at], density).numpy() for at, density in model.densities(rows.x)]
+    return np.concatenate(parts)
+
+
+def held_out_weight(data: Data, folds: np.ndarray | None = None) -> np.ndarray:
+    """Return the weights [n] of the rows whose NLL `held_out_nll` returns."""
+    rows = _held_out_rows(data, folds)
     counted = np.concatenate([find_counted(r) for r in rows])
     weight = np.concatenate([np.ones(len(r)) if r.weight is None else r.weight for r in rows])
-    return nll[counted], weight[np.nonzero(counted)[0]]
+    return weight[np.nonzero(counted)[0]]
+
+
+def _held_out_rows(data: Data, folds: np.ndarray | None) -> list[Rows]:
+    """Return the validation rows; of folds, the train and the validation rows that are in any."""
+    if folds is None:
+        return [data.validation]
+    every, n = np.unique(folds), len(data.train)
+    places = every[every < n], every[every >= n] - n
+    return [r.take(at) for r, at in zip((data.train, data.validation), places, strict=True)]
 
 
 def select_components(

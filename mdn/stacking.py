@@ -72,6 +72,7 @@ class Stack(Ensemble):
         # In a namespace, as Keras looks into what attributes hold.
         self._programs = types.SimpleNamespace()
         self._rebuild: Any = None
+        self._jitter = None  # which is for training alone
         self.built = True  # as its parts are
 
     @property
@@ -211,11 +212,11 @@ def compare(models: Mapping[str, Ensemble], data: Data, folds: np.ndarray | None
         RunError: none of them has a finite NLL.
     """
     found = {name: held_out_nll(model, data, folds) for name, model in models.items()}
-    weight = next(iter(found.values()))[1]
     rows = {name: nll for name, (nll, _) in found.items()}
     finite = [name for name, nll in rows.items() if np.isfinite(nll).all()]
     if not finite:
         raise RunError("recipe=auto: no variant could be trained; use a lower learning rate")
+    weight = found[finite[0]][1]
     log_prob = -np.stack([rows[name] for name in finite], axis=-1).astype(np.float64)
     shares = stacking_shares(log_prob, weight)
     shares[shares < LEAST_SHARE] = 0.0

@@ -21,7 +21,7 @@ from mdn.base import TrainedModel
 from mdn.budget import epoch_steps, member_rows, settle
 from mdn.callbacks.averaging import AveragedWeights
 from mdn.callbacks.checkpoint import Checkpoint, Progress
-from mdn.callbacks.guard import NanGuard
+from mdn.callbacks.guard import DivergedError, NanGuard
 from mdn.callbacks.interrupt import Interrupt
 from mdn.callbacks.tensorboard import write_curve, write_pictures
 from mdn.config import make
@@ -35,7 +35,7 @@ from mdn.plots import write_figures
 from mdn.preparation import compile_model, make_batches, member_folds
 from mdn.recipes import variants
 from mdn.runs import RunDirectory, provenance
-from mdn.selection import choose, held_out_nll
+from mdn.selection import choose, held_out_nll, held_out_weight
 from mdn.stacking import compare, stack
 from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task
@@ -112,8 +112,8 @@ def train(
             metrics = finish(model, config, data, directory, progress, first_step.seconds, notes)
         except KeyboardInterrupt:
             raise InterruptedRunError(
-                f"interrupted after the training, which is kept in {directory.path}: the same "
-                f"command with output_dir={directory.path} goes on"
+                f"interrupted: what was trained is kept in {directory.path}; the same command "
+                f"with output_dir={directory.path} goes on"
             ) from None
         except OSError as error:
             raise RunError(
@@ -254,21 +254,32 @@ def fit_variants(
         prepare: of (config, folder): the model, its callbacks and its checkpoints.
 
     Returns:
-        The stack; of the variant with the largest share the config and progress; and metrics.
+        The stack; the config; the progress of the variant with the largest share; and metrics.
+
+    Raises:
+        DivergedError: in the training of every variant.
     """
     folds = member_folds(config, data)
     fitted: dict[str, Fitted] = {}
+    diverged: dict[str, DivergedError] = {}
     for name, candidate in variants(config).items():
         log.info("recipe: variant %r", name)
         place = name.replace(" ", "-")
-        fitted[name] = _fit_one(candidate, data, directory, prepare, place)
+        try:
+            fitted[name] = _fit_one(candidate, data, directory, prepare, place)
+        except DivergedError as error:
+            log.warning("recipe: variant %r is left out: %s", name, error)
+            diverged[name] = error
+    if not fitted:
+        raise next(iter(diverged.values()))
     models: dict[str, Any] = {name: model for name, (model, *_) in fitted.items()}
     found = compare(models, data, None if folds is None else folds[1])
+    found = dataclasses.replace(found, failed=[*diverged, *found.failed])
     log.info("%s", found)
     directory.write_json("recipe.json", dataclasses.asdict(found))
     notes = found.metrics()
     notes["recipe/seconds"] = sum(progress.seconds for *_, progress in fitted.values())
-    _, config, progress = fitted[max(found.shares, key=found.shares.__getitem__)]
+    *_, progress = fitted[max(found.shares, key=found.shares.__getitem__)]
     return stack(models, found.shares), config, progress, notes
 
 
@@ -287,12 +298,18 @@ def fit_candidates(
         The chosen model, its config and progress, and metrics of the choice.
     """
     folds = member_folds(config, data)
+    held_out = None if folds is None else folds[1]
     fitted: dict[int, Fitted] = {}
 
     def score(k: int) -> tuple[np.ndarray, np.ndarray]:
-        fitted[k] = _fit_one(_candidate(config, k), data, directory, prepare, f"k={k}")
+        try:
+            fitted[k] = _fit_one(_candidate(config, k), data, directory, prepare, f"k={k}")
+        except DivergedError as error:
+            log.warning("k=%d is left out: %s", k, error)
+            weight = held_out_weight(data, held_out)
+            return np.full(len(weight), np.inf), weight
         model: Any = fitted[k][0]
-        return held_out_nll(model, data, None if folds is None else folds[1])
+        return held_out_nll(model, data, held_out)
 
     selection = choose(score)
     figure = selection.figure()

@@ -91,7 +91,11 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def file_digests(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Return the SHA-256 of each file below a directory, by its path in there."""
+    """Return the SHA-256 of each file below a directory, by its path in there.
+
+    Raises:
+        RunError: a file cannot be read.
+    """
     path = Path(path)
     try:
         return {

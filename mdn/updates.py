@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Protocol
 
 import tensorflow as tf
@@ -61,11 +61,15 @@ class KerasUpdate:
         pass
 
 
+LARGE = 2**15  # elements
+
+
 class FusedAdam:
-    """The update of Keras's Adam or AdamW, with the moments of all variables in two vectors.
+    """The update of Keras's Adam or AdamW, with the moments of all small variables in two vectors.
 
     The step of a small net is a chain of operations that each take less time than it takes to
-    start them: a vector for all needs a third of them.
+    start them: a vector for all needs a third of them. A variable of more than `LARGE` elements is
+    a vector of its own, as laying it beside the others would copy it for nothing.
 
     Args:
         optimizer: one that `supports` says yes to.
@@ -84,13 +88,13 @@ class FusedAdam:
         self.optimizer = optimizer
         self.variables, self.members = variables, members
         known = {variable.ref() for variable in turned}
-        self.turned = [variable.ref() in known for variable in variables]
-        index = [optimizer._index_dict[optimizer._var_key(v)] for v in variables]
-        self.moments = [
-            [slots[i] for i in index] for slots in (optimizer._momentums, optimizer._velocities)
+        small = [v for v in variables if v.shape.num_elements() <= LARGE]
+        large = [v for v in variables if v.shape.num_elements() > LARGE]
+        self.groups = [
+            _Group(optimizer, group, [variable.ref() in known for variable in group])
+            for group in (small, *([variable] for variable in large))
+            if group
         ]
-        slots = optimizer._model_variables_moving_average if optimizer.use_ema else []
-        self.averages = [slots[i] if slots else None for i in index]
 
     @staticmethod
     def supports(optimizer: Any, variables: Sequence[tf.Variable]) -> bool:
@@ -103,30 +107,70 @@ class FusedAdam:
         )
 
     def start(self) -> State:
-        return [_flat(slots, self.turned) for slots in self.moments]
+        return [_flat(slots, group.turned) for group in self.groups for slots in group.moments]
 
     def apply(self, pairs: Pairs, state: State) -> tuple[tf.Tensor, State]:
         optimizer = self.optimizer
         optimizer._compute_current_learning_rate()  # of a schedule
-        mean, square = state
-        gradient, found = self._gradient(pairs)
-        norm, limit = tf.norm(gradient), optimizer.global_clipnorm
+        gradients = self._gradients(pairs)
+        norm, limit = tf.linalg.global_norm(gradients), optimizer.global_clipnorm
         if limit and self.members > 1:
-            gradient, _ = self._gradient(clip_members(pairs, limit))
+            gradients = self._gradients(clip_members(pairs, limit))
         elif limit:
-            limit = tf.constant(limit, norm.dtype)
-            gradient *= limit / tf.maximum(norm, limit)
+            factor = tf.constant(limit, norm.dtype) / tf.maximum(norm, limit)
+            gradients = [gradient * factor for gradient in gradients]
         elif optimizer.clipvalue:
-            gradient = tf.clip_by_value(gradient, -optimizer.clipvalue, optimizer.clipvalue)
+            clip = optimizer.clipvalue
+            gradients = [tf.clip_by_value(gradient, -clip, clip) for gradient in gradients]
+        rates, found = self._rates(), {id(variable) for _, variable in pairs}
+        new = []
+        for i, (group, gradient) in enumerate(zip(self.groups, gradients, strict=True)):
+            new += self._step(group, gradient, state[2 * i : 2 * i + 2], rates, found)
+        optimizer.iterations.assign_add(1)
+        return norm, new
+
+    def _gradients(self, pairs: Pairs) -> list[tf.Tensor]:
+        """Return the gradients of each group as one vector: zeros where a variable has none."""
+        found = {id(variable): gradient for gradient, variable in pairs}
+        return [
+            _flat([found.get(id(v), tf.zeros(v.shape)) for v in group.variables], group.turned)
+            for group in self.groups
+        ]
+
+    def _rates(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the learning rate, and that with the corrections of both moments' start."""
+        optimizer = self.optimizer
+        step = tf.cast(optimizer.iterations + 1, tf.float32)
+        rate = tf.cast(optimizer.learning_rate, tf.float32)
+        betas = (optimizer.beta_1, optimizer.beta_2)
+        bias = [1.0 - tf.pow(tf.cast(beta, tf.float32), step) for beta in betas]
+        return rate, rate * tf.sqrt(bias[1]) / bias[0]
+
+    def _step(
+        self,
+        group: _Group,
+        gradient: tf.Tensor,
+        moments: State,
+        rates: tuple[tf.Tensor, tf.Tensor],
+        found: Container[int],
+    ) -> State:
+        """Change the group's variables; return its moments.
+
+        Args:
+            group: of P elements.
+            gradient: [P].
+            moments: mean and square, [P] each.
+            rates: as `_rates` returns them.
+            found: the ids of the variables that have a gradient.
+        """
+        optimizer = self.optimizer
+        mean, square = moments
         mean += (gradient - mean) * (1.0 - optimizer.beta_1)
         square += (tf.square(gradient) - square) * (1.0 - optimizer.beta_2)
-        step = tf.cast(optimizer.iterations + 1, mean.dtype)
-        rate = tf.cast(optimizer.learning_rate, mean.dtype)
-        betas = (optimizer.beta_1, optimizer.beta_2)
-        bias = [1.0 - tf.pow(tf.cast(beta, mean.dtype), step) for beta in betas]
-        change = rate * tf.sqrt(bias[1]) / bias[0] * mean / (tf.sqrt(square) + optimizer.epsilon)
-        parts = _split(change, self.variables, self.turned)
-        for variable, part, average in zip(self.variables, parts, self.averages, strict=True):
+        rate, corrected = rates
+        change = corrected * mean / (tf.sqrt(square) + optimizer.epsilon)
+        parts = _split(change, group.variables, group.turned)
+        for variable, part, average in zip(group.variables, parts, group.averages, strict=True):
             if id(variable) not in found:
                 continue  # its gradient is zeros, and it stays as it is
             if optimizer.weight_decay is not None and optimizer._use_weight_decay(variable):
@@ -134,19 +178,26 @@ class FusedAdam:
             variable.assign_sub(part)
             if average is not None:
                 average.assign_sub((1.0 - optimizer.ema_momentum) * (average - variable))
-        optimizer.iterations.assign_add(1)
-        return norm, [mean, square]
-
-    def _gradient(self, pairs: Pairs) -> tuple[tf.Tensor, set[int]]:
-        """Return the gradients as one vector, and the ids of the variables that have one."""
-        found = {id(variable): gradient for gradient, variable in pairs}
-        parts = [found.get(id(v), tf.zeros(v.shape)) for v in self.variables]
-        return _flat(parts, self.turned), set(found)
+        return [mean, square]
 
     def finish(self, state: State) -> None:
-        for slots, vector in zip(self.moments, state, strict=True):
-            for slot, part in zip(slots, _split(vector, slots, self.turned), strict=True):
+        slots = [(group, slots) for group in self.groups for slots in group.moments]
+        for (group, tensors), vector in zip(slots, state, strict=True):
+            for slot, part in zip(tensors, _split(vector, tensors, group.turned), strict=True):
                 slot.assign(part)
+
+
+class _Group:
+    """Variables whose moments are one vector, and the slots that Keras's Adam has for them."""
+
+    def __init__(self, optimizer: Any, variables: Sequence[tf.Variable], turned: Sequence[bool]):
+        self.variables, self.turned = variables, turned
+        index = [optimizer._index_dict[optimizer._var_key(v)] for v in variables]
+        self.moments = [
+            [slots[i] for i in index] for slots in (optimizer._momentums, optimizer._velocities)
+        ]
+        slots = optimizer._model_variables_moving_average if optimizer.use_ema else []
+        self.averages = [slots[i] if slots else None for i in index]
 
 
 def clip_members(pairs: Pairs, limit: float) -> Pairs:

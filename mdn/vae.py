@@ -363,7 +363,16 @@ class VAE(TrainedModel):
         return -self.map(lambda images: self.elbo(images, 1, [0, 0]), rows.y)
 
     def map(self, function: Callable, images: Any, batch_size: int = 256) -> np.ndarray:
-        """Return a function of images, [b, D] -> [b, ..], of any number of them: [N, ..]."""
+        """Return a function of images, [b, D] -> [b, ..], of any number of them: [N, ..].
+
+        Args:
+            function: of images, which is compiled.
+            images: [N, D] of zeros and ones.
+            batch_size: b at most.
+
+        Raises:
+            DataError: there are no images, or they are not of zeros and ones.
+        """
         compiled = tf.function(function, reduce_retracing=True, autograph=False)
         images = check_images(images, self.event_size)
         if not len(images):

@@ -10,6 +10,7 @@ from mdn.budget import batch_size, epoch_steps, member_rows, settle, train_steps
 from mdn.config import compose_config
 from mdn.data.pipeline import epoch_rows, training_batches
 from mdn.data.rows import Data, Rows
+from mdn.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,8 @@ def test_settled_config_has_numbers():
     assert epoch_steps(settled, data(834, 93)) == 50
     few = settle(config, data(20, 4))
     assert few.trainer.batch_size == 24 - 24 // 5  # no more than a member has
+    with pytest.raises(DataError, match="folds=5: 4 train and validation rows cannot"):
+        settle(config, data(3, 1))
     plain = compose_config(["data=npz", "trainer.batch_size=10"])
     assert epoch_steps(settle(plain, data(834, 93)), data(834, 93)) == 83
 

@@ -58,7 +58,9 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_losses_and_weights_equal_those_of_the_plain_loop(name):
+def test_losses_and_weights_equal_those_of_the_plain_loop(name, monkeypatch):
+    if name != "adam":
+        monkeypatch.setattr(mdn.updates, "LARGE", 20)  # the kernels have vectors of their own
     x, y = rows()
     weight = np.random.default_rng(1).uniform(0.5, 1.5, size=len(x))
     whole = name == "adam"  # a mixture, and validated; of the others the updates are the question

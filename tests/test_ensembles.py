@@ -18,10 +18,12 @@ from mdn.data.pipeline import evaluation_batches, training_batches
 from mdn.data.rows import Data, Rows
 from mdn.data.splits import draw_folds
 from mdn.density import DiagGaussianMixture, GaussianMixture, mixture_of
-from mdn.ensembles import Ensemble, split_covariance
+from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, MDNError
+from mdn.members import BACKBONES
 from mdn.preparation import make_batches
 from mdn.training import InterruptedRunError, train
+from mdn.uncertainty import split_covariance
 
 RNG = np.random.default_rng(0)
 N, M, SEED = 120, 3, 5
@@ -193,7 +195,7 @@ def test_every_head_and_stackable_backbone_has_a_case():
     public = [kind for kind in vars(heads).values() if isinstance(kind, type)]
     every = {kind for kind in public if issubclass(kind, heads.Head) and "layout" in vars(kind)}
     assert {type(head) for head, _ in made} == every - {heads.Head}
-    assert {type(backbone) for _, backbone in made} == set(mdn.ensembles.BACKBONES)
+    assert {type(backbone) for _, backbone in made} == set(BACKBONES)
 
 
 # ---------------------------------------------------------------------- the predictive density

@@ -80,9 +80,9 @@ def test_answers_from_columns():
 def test_faster_density_of_a_batch_is_the_same():
     for model in (make(), ensemble()):
         density = model(tf.constant(X, tf.float32))
-        for y in (Y, GAPS):
+        for y, complete in ((Y, True), (Y, False), (GAPS, False)):
             y = tf.constant(y, tf.float32)
-            found = model.log_density(tf.constant(X, tf.float32), y)
+            found = model.log_density(tf.constant(X, tf.float32), y, complete)
             np.testing.assert_allclose(found, density.log_prob(y), rtol=1e-4, atol=1e-4)
     members = ensemble()
     apart = mixture_of([members.member(m).predict_distribution(X) for m in range(2)])

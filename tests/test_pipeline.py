@@ -54,10 +54,31 @@ def test_resolution_of_tied_targets(step, dtype):
 def test_a_few_values_off_the_grid_do_not_hide_it():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 50, size=1_000).astype(np.float64)
-    y[:10] += rng.uniform(size=10)
+    y[:40] += rng.uniform(size=40)
     assert resolution(y) == 1.0
     inflated = np.where(rng.random(1_000) < 0.3, 0.0, rng.lognormal(size=1_000))
     assert resolution(inflated) == 0.0
+
+
+@pytest.mark.parametrize("n", [60, 100])
+def test_resolution_where_few_values_repeat(n):
+    """Of so few rows those that repeat are often several steps apart."""
+    for seed in range(20):
+        y = np.round(np.random.default_rng(seed).normal(size=n), 2)
+        assert resolution(y) in (0.0, pytest.approx(0.01))
+
+
+def test_values_that_repeat_on_no_grid_have_no_step():
+    rng = np.random.default_rng(0)
+    assert resolution(np.clip(rng.normal(50.0, 40.0, size=1_000), 0.0, 100.0)) == 0.0
+    counts = rng.poisson(5.0, size=1_000)  # of whose logarithms all but a few are tied
+    greatest = np.unique(counts)[-2:]
+    assert resolution(np.log1p(counts)) == pytest.approx(np.diff(np.log1p(greatest))[0])
+
+
+def test_errors_of_arithmetic_are_no_grid():
+    y = np.array([0.1 + 0.2, 0.3, 0.1, 0.2, 0.5, 0.7] * 20)
+    assert resolution(y) == pytest.approx(0.1)
 
 
 def test_resolution_of_continuous_targets_is_zero():

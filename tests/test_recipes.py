@@ -66,6 +66,7 @@ def test_mistakes_in_a_config(overrides, message):
 def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch):
     variants = {"as given": {}, "still": {"optimizer.learning_rate": 1e-12}}
     variants["smooth"] = {"embedding": None}
+    variants["wild"] = {"optimizer.learning_rate": 1e30}
     monkeypatch.setattr(recipes, "VARIANTS", variants)
     tiny = ("ensemble=2", "folds=2", "k=2", "backbone.widths=[4]", "embedding.bins=2")
     tiny += ("trainer.steps=40", "trainer.epochs=2", "trainer.verbose=0", "trainer.warmup=2")
@@ -90,11 +91,16 @@ def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch):
     found = json.loads((run / "recipe.json").read_text())
     assert list(found["nll"]) == ["as given", "still", "smooth"]
     assert "still" not in found["shares"]
+    assert found["failed"] == ["wild"]
     assert sum(found["shares"].values()) == pytest.approx(1.0)
     assert found["stacked"] == metrics["recipe/nll"] <= min(found["nll"].values())
     assert "the recipe is" in (run / "train.log").read_text()
     assert metrics["train/epochs"] == 2
     assert metrics["test/epistemic_stddev"] > 0.0
+
+    # What is exported knows the recipe, not the variant of the largest share alone.
+    about = json.loads((run / "saved_model" / "mdn.json").read_text())
+    assert about["config"]["recipe"] == "auto"
 
     # What is exported says the same as the model, which is the mixture of its ensembles.
     model = mdn.load(run / "model.keras")

@@ -177,6 +177,28 @@ def test_records_longer_than_what_is_read_at_a_time(tmp_path, monkeypatch):
         np.testing.assert_array_equal(one.y, other.y)
 
 
+@pytest.mark.parametrize("read_bytes", [2**22, 5_000, 300])
+def test_records_of_several_layouts_in_one_file(read_bytes, tmp_path, monkeypatch):
+    """Runs of records of one size, between others: each row is what the parser makes of it."""
+    monkeypatch.setattr(records, "READ_BYTES", read_bytes)
+    rng = np.random.default_rng(0)
+    rows = {"size": rng.normal(size=[500, 2]), "y": rng.normal(size=[500, 1])}
+    long = {"note": np.zeros(9, np.float32)}
+    other = dict.fromkeys([*range(3), *range(150, 230), 300, *range(420, 500)], long)
+    other[250] = {"size": np.array([np.nan, 1.0])}
+    reader = load(write(rows, tmp_path / "a.tfrecord", other), weight=None, features=["size"],
+                  missing="indicator").stream.reader  # fmt: skip
+    blocks = list(reader.read(0))
+    assert [block.start for block in blocks] == [0, *np.cumsum([len(b) for b in blocks])[:-1]]
+    rows["size"][250] = other[250]["size"]
+    np.testing.assert_array_equal(
+        np.concatenate([b.x for b in blocks]), rows["size"].astype(np.float32)
+    )
+    np.testing.assert_array_equal(
+        np.concatenate([b.y for b in blocks]), rows["y"].astype(np.float32)
+    )
+
+
 def test_config_lists_the_defaults():
     config = yaml.safe_load(Path("configs/data/tfrecord.yaml").read_text())
     assert config.pop("_target_") == "mdn.data.records.TFRecord"

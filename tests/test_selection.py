@@ -3,12 +3,15 @@
 import functools
 import itertools
 import json
+import types
 
 import numpy as np
 import pytest
 
 import mdn
-from mdn import selection, training
+from mdn import losses, selection, training
+from mdn.callbacks.checkpoint import Progress
+from mdn.callbacks.guard import DivergedError
 from mdn.config import compose_config
 from mdn.data.rows import Data, Rows
 from mdn.runs import CONTENTS
@@ -139,6 +142,24 @@ def test_rows_of_an_ensemble_are_judged_by_members_that_held_them_out(tiny_data)
     np.testing.assert_array_equal(weight, weights[[0, 3, 19, 20, 21, 29]])
 
 
+def test_what_members_say_of_rows_they_learned_from_counts_nothing():
+    log_prob = np.array([[-1.0, np.inf], [np.nan, -2.0]])
+    model = types.SimpleNamespace(member_log_prob=lambda x, y, cells: log_prob)
+    rows, none = Rows(np.zeros([2, 1]), np.zeros([2, 1])), Rows(np.zeros([0, 1]), np.zeros([0, 1]))
+    nll, _ = held_out_nll(model, Data(rows, none, none, (), ()), np.array([[0], [1]]))
+    np.testing.assert_array_equal(nll, [1.0, 2.0])
+
+
+def test_cells_of_targets_on_a_grid_are_judged(tiny_data):
+    model = mdn.MDN(mdn.heads.Mixture(1, 2), mdn.backbones.MLP([4]))
+    model.adapt(tiny_data.train.x, tiny_data.train.y)
+    model._jitter = types.SimpleNamespace(step=[0.5])
+    rows = tiny_data.validation
+    nll, _ = held_out_nll(model, tiny_data)
+    expected = losses.CellNLL([0.5])(rows.y, model.predict_distribution(rows.x))
+    np.testing.assert_allclose(nll, expected.numpy()[rows.weight > 0.0], rtol=1e-5)
+
+
 def test_member_log_prob_has_a_column_for_each_member(tiny_data):
     ensemble = mdn.Ensemble(mdn.MDN(mdn.heads.Mixture(1, 2), mdn.backbones.MLP([4])), members=2)
     ensemble.adapt(tiny_data.train.x, tiny_data.train.y)
@@ -149,6 +170,28 @@ def test_member_log_prob_has_a_column_for_each_member(tiny_data):
 
 
 # ---------------------------------------------------------------------- whole runs
+
+
+def test_a_candidate_that_diverges_is_left_out(tmp_path, tiny_data, monkeypatch):
+    def fit_one(config, *_):
+        k = config.model.components
+        if k == 2:
+            raise DivergedError("the loss became nan")
+        return k, config, Progress(seconds=1.0)
+
+    weight = tiny_data.validation.weight
+    weight = weight[weight > 0.0]
+    monkeypatch.setattr(training, "_fit_one", fit_one)
+    nll = {1: 2.0, 3: 1.0, 5: 1.0, 8: 1.0}
+    monkeypatch.setattr(
+        training, "held_out_nll", lambda k, *_: (np.full(len(weight), nll[k]), weight)
+    )
+    config = compose_config(["k=auto", "callbacks.tensorboard=null"])
+    model, _, _, notes = training.fit_candidates(config, tiny_data, tmp_path, None)
+    assert model == notes["selection/k"] == 3
+    assert notes["selection/n"] == 9
+    assert "selection/nll/2" not in notes
+    assert notes["selection/seconds"] == 4.0
 
 
 def run(directory, *overrides):

@@ -12,10 +12,11 @@ import mdn
 from mdn import backbones, heads, losses
 from mdn.data.rows import Data, Rows
 from mdn.density import mixture_of
-from mdn.ensembles import Ensemble, split_covariance
-from mdn.errors import ConfigError, RunError
+from mdn.ensembles import Ensemble
+from mdn.errors import ConfigError, DataError, RunError
 from mdn.export import export_saved_model
 from mdn.stacking import Stack, compare, stack, stacking_shares
+from mdn.uncertainty import split_covariance
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=[90, 2])
@@ -121,7 +122,8 @@ def test_density_is_the_mixture_of_all_members(ensembles, both):
 def test_member_is_the_mixture_of_members(ensembles, both):
     parts = [m.member_log_prob(X, Y) for m in ensembles.values()]
     expected = np.logaddexp(*(p + np.log(s) for p, s in zip(parts, SHARES, strict=True)))
-    np.testing.assert_allclose(both.member_log_prob(X, Y), expected, rtol=1e-4)
+    for cells in (False, True):  # of no jitter cells are points
+        np.testing.assert_allclose(both.member_log_prob(X, Y, cells=cells), expected, rtol=1e-4)
     aleatoric, epistemic = both.uncertainty(X)
     expected = split_covariance(both.member_densities(tf.constant(X, tf.float32)))
     np.testing.assert_allclose(aleatoric, expected[0], rtol=1e-4, atol=1e-5)
@@ -156,6 +158,25 @@ def test_recalibration_is_saved_and_exported(tmp_path, ensembles, both):
     np.testing.assert_allclose(
         exported(x=x, y=y)["log_prob"], model.log_prob(x, y), rtol=1e-4, atol=1e-4
     )
+
+
+def test_ensembles_with_a_fitted_transform():
+    """Each has the power of the Box-Cox transform in a variable of its own."""
+    y = np.exp(0.3 * Y)
+    made = {}
+    for name, components in (("a", 2), ("b", 3)):
+        head = heads.Mixture(2, components, target_transform=["box_cox", None])
+        made[name] = Ensemble(mdn.MDN(head, backbones.MLP([4])), members=2)
+        made[name].adapt(X, y)
+    both = stack(made, dict(zip(made, SHARES, strict=True)))
+    parts = [
+        model.log_prob(X, y) + np.log(share)
+        for model, share in zip(made.values(), SHARES, strict=True)
+    ]
+    np.testing.assert_allclose(both.log_prob(X, y), np.logaddexp(*parts), rtol=1e-4, atol=1e-4)
+    made["b"].adapt(X, np.square(y))  # another power
+    with pytest.raises(DataError, match="different target transforms"):
+        mixture_of([model(X.astype(np.float32)) for model in made.values()])
 
 
 def test_stack_of_one_is_that_one(ensembles):

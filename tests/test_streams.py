@@ -18,8 +18,8 @@ import mdn
 from mdn.callbacks.checkpoint import Checkpoint
 from mdn.config import compose_config
 from mdn.data import parquet
+from mdn.data.first_pass import _draw
 from mdn.data.parquet import ParquetReader
-from mdn.data.streams import _draw
 from mdn.data.tabular import Parquet
 from mdn.errors import DataError
 from mdn.features import Columns, as_tensors

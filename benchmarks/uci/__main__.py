@@ -14,12 +14,11 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 import benchmarks.uci
-from benchmarks.jobs import run_units
+from benchmarks.jobs import exit_code, run_units
 from benchmarks.uci.blocks import fit_block, make_blocks
 from benchmarks.uci.report import Results, draw, markdown, page
 from benchmarks.uci.sets import find_sets, find_splits, fingerprint, parse_splits
 from mdn.config import compose_config
-from mdn.errors import MDNError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,15 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: at least 1")
-    try:
-        run(options)
-    except MDNError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command goes on from {options.json}", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(options), options.json)
 
 
 def run(options: argparse.Namespace) -> None:

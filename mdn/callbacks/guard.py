@@ -14,6 +14,10 @@ from mdn.data.rows import Rows
 from mdn.errors import RunError
 
 
+class DivergedError(RunError):
+    """The loss or the gradient is not finite any more."""
+
+
 class NanGuard(tf_keras.callbacks.Callback):
     """Ends training when the loss or the gradient stops being finite, and names the worst row.
 
@@ -23,6 +27,9 @@ class NanGuard(tf_keras.callbacks.Callback):
         rows: the train rows.
         features: names of the F features.
         targets: names of the D targets.
+
+    Raises:
+        DivergedError: from `fit`, with the row and the remedies.
     """
 
     model: TrainedModel
@@ -44,7 +51,7 @@ class NanGuard(tf_keras.callbacks.Callback):
             value = (logs or {}).get(name, 0.0)
             if not math.isfinite(value):
                 self.model.set_weights(self._weights)
-                raise RunError(
+                raise DivergedError(
                     f"the {name.replace('_', ' ')} became {value} in epoch {self._epoch + 1}; "
                     f"{self._worst_row()}. Look at that row, lower optimizer.learning_rate, or "
                     "set optimizer.global_clipnorm=1"

@@ -1,4 +1,7 @@
-"""Arrays: rows from one `.npz` file."""
+"""Arrays: rows from one `.npz` file.
+
+Shape letters: N rows, T time, F features, D targets.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Checks of features, targets and weights, before anything is fitted to them."""
+"""Checks of features, targets and weights, before anything is fitted to them.
+
+Shape letters: N rows, T time, F features, D targets.
+"""
 
 from __future__ import annotations
 
@@ -159,7 +162,11 @@ def check_images(images: np.ndarray, pixels: int) -> np.ndarray:
 
 
 def check_weight(weight: np.ndarray, label: str, row: RowName = "row {}".format) -> None:
-    """Check that row weights, [N], are finite, not negative, and not all zero."""
+    """Check that row weights, [N], are finite, not negative, and not all zero.
+
+    Raises:
+        DataError: they are not.
+    """
     weight = np.asarray(weight)
     _check_numeric(weight, label)
     if weight.ndim != 1:
@@ -173,7 +180,11 @@ def check_weight(weight: np.ndarray, label: str, row: RowName = "row {}".format)
 
 
 def check_batch_size(n: int, batch_size: int) -> None:
-    """Check that n train rows fill one batch."""
+    """Check that n train rows fill one batch.
+
+    Raises:
+        DataError: they do not.
+    """
     if n < batch_size:
         raise DataError(
             f"{n} train rows are fewer than one batch of {batch_size}: "

@@ -1,4 +1,7 @@
-"""Digits: 1,797 handwritten digits of 8 by 8 pixels, as zeros and ones."""
+"""Digits: 1,797 handwritten digits of 8 by 8 pixels, as zeros and ones.
+
+Shape letters: N rows.
+"""
 
 from __future__ import annotations
 

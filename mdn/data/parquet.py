@@ -13,8 +13,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 
+from mdn.data.blocks import BLOCK_BYTES, BLOCK_ROWS, POOL_BYTES, Block, Words
 from mdn.data.checks import RowName
-from mdn.data.streams import BLOCK_BYTES, BLOCK_ROWS, POOL_BYTES, Block, Words
 from mdn.data.tabular import Parquet, attempt, to_days, to_number, to_text
 from mdn.errors import DataError
 
@@ -40,7 +40,7 @@ class _Piece:
 
 
 class ParquetReader:
-    """Rows of Parquet files with the same columns: a `mdn.data.streams.Reader`.
+    """Rows of Parquet files with the same columns: a `mdn.data.blocks.Reader`.
 
     The columns mean what they do in `mdn.data.tabular.Table`. Whether text is a date or a
     category, the first block says.

@@ -17,9 +17,11 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
+from mdn.data.blocks import BLOCK_BYTES, BLOCK_ROWS, Block
+from mdn.data.examples import read_floats
 from mdn.data.files import SUFFIXES, find_files
+from mdn.data.first_pass import StreamOptions, open_stream
 from mdn.data.rows import Data
-from mdn.data.streams import BLOCK_BYTES, BLOCK_ROWS, Block, StreamOptions, open_stream
 from mdn.data.tabular import check_column
 from mdn.errors import DataError
 
@@ -27,6 +29,9 @@ READ_BYTES = 4 * 2**20
 # A record's length comes before it, and sums of both, of four bytes, after the one and the other.
 _LENGTH = struct.Struct("<Q")
 _HEAD, _TAIL = 12, 4
+_FEW = 64  # records of one size are read one by one
+# Serialised examples: of any sizes, or [n, bytes] uint8.
+Records = list[bytes] | np.ndarray
 
 
 @dataclasses.dataclass
@@ -74,16 +79,18 @@ class TFRecord:
             DataError: a file, a list or a value cannot be used; the message says which.
         """
         reader = TFRecordReader(self, find_files(self.path, SUFFIXES["mdn.data.records.TFRecord"]))
-        names = [field.name for field in dataclasses.fields(StreamOptions)]
-        return open_stream(reader, StreamOptions(**{name: getattr(self, name) for name in names}))
+        return open_stream(reader, StreamOptions.of(self))
 
 
 class TFRecordReader:
-    """Rows of TFRecord files: a `mdn.data.streams.Reader` whose pieces are the files.
+    """Rows of TFRecord files: a `mdn.data.blocks.Reader` whose pieces are the files.
 
     Args:
         source: the options.
         files: in the order of the rows.
+
+    Raises:
+        DataError: there are no rows, or an option names a list that is not in the first of them.
     """
 
     lanes = 4
@@ -141,6 +148,8 @@ class TFRecordReader:
             )
             for name in used
         }
+        self._lengths = {name: lists[name][1] for name in used}
+        self._all_floats = all(lists[name][0] == tf.float32 for name in used)
         width = len(self.features) + len(self.targets)
         self._block_rows = int(np.clip(BLOCK_BYTES // (8 * width), 256, BLOCK_ROWS // 4))
 
@@ -151,16 +160,24 @@ class TFRecordReader:
     def read(self, piece: int) -> Iterator[Block]:
         start = self.starts[piece]
         for records in self._blocks(piece):
-            try:
-                # Not in a tf.function, which would wait for the threads that wait for its rows.
-                lists = tf.io.parse_example(tf.constant(records, tf.string), self._spec)
-            except tf.errors.OpError as error:
-                raise self._explain(piece, start, error) from None
-            yield self._block(start, {name: t.numpy() for name, t in lists.items()})
+            yield self._block(start, self._lists(piece, start, records))
             start += len(records)
 
-    def _blocks(self, piece: int) -> Iterator[list[bytes]]:
-        """Yield the records of a file, a block at a time.
+    def _lists(self, piece: int, start: int, records: Records) -> dict[str, np.ndarray]:
+        """Return the lists of consecutive records: name -> [n, length]."""
+        if isinstance(records, np.ndarray):
+            if self._all_floats and (lists := read_floats(records, self._lengths)) is not None:
+                return lists
+            records = [record.tobytes() for record in records]
+        try:
+            # Not in a tf.function, which would wait for the threads that wait for its rows.
+            parsed = tf.io.parse_example(tf.constant(records, tf.string), self._spec)
+        except tf.errors.OpError as error:
+            raise self._explain(piece, start, error) from None
+        return {name: t.numpy() for name, t in parsed.items()}
+
+    def _blocks(self, piece: int) -> Iterator[Records]:
+        """Yield the records of a file, a block at a time: those of one size as an array.
 
         A dataset, whose elements they are, takes five times as long. It has counted them, and
         checked their sums, before.
@@ -175,6 +192,14 @@ class TFRecordReader:
                         end = at + _HEAD + _LENGTH.unpack_from(data, at)[0]
                         if end + _TAIL > len(data):
                             break
+                        alike = self._alike(data, at, end + _TAIL - at)
+                        if len(alike) >= _FEW:
+                            if records:
+                                yield records
+                                records = []
+                            yield alike[:, _HEAD:-_TAIL]
+                            at += alike.size
+                            continue
                         records.append(data[at + _HEAD : end])
                         at = end + _TAIL
                         if len(records) == self._block_rows:
@@ -187,6 +212,15 @@ class TFRecordReader:
             raise DataError(f"{path} cannot be read as TFRecord: it ends within a record")
         if records:
             yield records
+
+    def _alike(self, data: bytes, at: int, size: int) -> np.ndarray:
+        """Return records of one size that follow each other, with their frames: [n, size]."""
+        most = min((len(data) - at) // size, self._block_rows)
+        rows = np.frombuffer(data, np.uint8, most * size, at).reshape(most, size)
+        if most < _FEW or (rows[:_FEW, :_HEAD] != rows[0, :_HEAD]).any():
+            return rows[:1]
+        other = (rows[:, :_HEAD] != rows[0, :_HEAD]).any(axis=1)
+        return rows[: other.argmax()] if other.any() else rows
 
     def _block(self, start: int, lists: dict[str, np.ndarray]) -> Block:
         y = np.concatenate([lists[name] for name in self._targets], axis=1).astype(np.float64)

@@ -1,4 +1,7 @@
-"""Rows: the aligned features and targets that every source gives."""
+"""Rows: the aligned features and targets that every source gives.
+
+Shape letters: N rows, T time, F features, D targets.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Simulators: tasks whose conditional density is known exactly, to judge a fit by."""
+"""Simulators: tasks whose conditional density is known exactly, to judge a fit by.
+
+Shape letters: N rows, F features, D targets.
+"""
 
 from __future__ import annotations
 

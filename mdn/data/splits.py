@@ -1,4 +1,7 @@
-"""Splits: which rows train, validate and test, as a function of the seed."""
+"""Splits: which rows train, validate and test, as a function of the seed.
+
+Shape letters: N rows, M ensemble members.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +129,11 @@ def split_data(
 
 
 def thin(n: int, max_rows: int | None) -> np.ndarray:
-    """Return at most `max_rows` row numbers, evenly spaced over n rows."""
+    """Return at most `max_rows` row numbers, evenly spaced over n rows; None: all.
+
+    Raises:
+        DataError: `max_rows` is below one.
+    """
     if max_rows is None or max_rows >= n:
         return np.arange(n)
     if max_rows < 1:
@@ -183,6 +190,9 @@ def draw_folds(order: np.ndarray, held_out: int, members: int) -> tuple[np.ndarr
 
     Returns:
         [M, N - held_out] and [M, held_out] row numbers, in ascending order each.
+
+    Raises:
+        ConfigError: a fold is of all rows.
     """
     n = len(order)
     if not 0 <= held_out < n:

@@ -1,4 +1,7 @@
-"""Tables: rows from CSV and Parquet files with named columns."""
+"""Tables: rows from CSV and Parquet files with named columns.
+
+Shape letters: N rows.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +177,15 @@ class Table(abc.ABC):
         return features
 
     def to_feature(self, column: pd.Series, row: RowName) -> np.ndarray:
-        """Return a column as [N] float64, or as an object array of str and None."""
+        """Return a column as [N] float64, or as an object array of str and None.
+
+        Args:
+            column: [N], named.
+            row: what a message calls the row at a position.
+
+        Raises:
+            DataError: it holds neither numbers, text nor dates, or some of each.
+        """
         name = column.name
         if name in self.categorical or isinstance(column.dtype, pd.CategoricalDtype):
             return to_text(column)
@@ -295,8 +306,8 @@ class Parquet(Table):
         if not self.stream:
             return super().load()
         # Here, as these modules build on this one.
+        from mdn.data.first_pass import StreamOptions, open_stream
         from mdn.data.parquet import ParquetReader
-        from mdn.data.streams import StreamOptions, open_stream
 
         for option, usual in (("split", "random"), ("split_column", None), ("max_rows", None)):
             if (value := getattr(self, option)) != usual:
@@ -305,8 +316,7 @@ class Parquet(Table):
                     "data.stream=false"
                 )
         reader = ParquetReader(self, *self._choose())
-        names = [field.name for field in dataclasses.fields(StreamOptions)]
-        return open_stream(reader, StreamOptions(**{name: getattr(self, name) for name in names}))
+        return open_stream(reader, StreamOptions.of(self))
 
     def _read(self, file: Path, columns: list[str]) -> pd.DataFrame:
         with pyarrow.parquet.ParquetFile(file) as stream:
@@ -314,7 +324,17 @@ class Parquet(Table):
 
 
 def check_column(option: str, name: str, names: list[str], path: str | None) -> None:
-    """Check that an option names a column that there is."""
+    """Check that an option names a column that there is.
+
+    Args:
+        option: its key below `data.`.
+        name: of the column.
+        names: of all columns.
+        path: of the files, for the message.
+
+    Raises:
+        DataError: there is no such column.
+    """
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
@@ -329,7 +349,16 @@ def _head(file: Path) -> bytes:
 
 
 def attempt(kind: str, file: Path, read: Callable):
-    """Return read(file), with what the parsers raise as one line."""
+    """Return read(file), with what the parsers raise as one line.
+
+    Args:
+        kind: what the message calls the format.
+        file: of that format.
+        read: of the file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         return read(file)
     except DataError:
@@ -340,7 +369,16 @@ def attempt(kind: str, file: Path, read: Callable):
 
 
 def to_number(column: pd.Series, label: str, row: RowName) -> np.ndarray:
-    """Return a target or weight column as [N] float64, NaN where missing."""
+    """Return a target or weight column as [N] float64, NaN where missing.
+
+    Args:
+        column: [N].
+        label: what a message calls it.
+        row: what a message calls the row at a position.
+
+    Raises:
+        DataError: a cell is no number.
+    """
     kind = pd.api.types.infer_dtype(column, skipna=True)
     if kind in ("datetime64", "datetime", "date", "timedelta64", "timedelta"):
         raise DataError(f"{label} holds dates or durations, not numbers: convert it to numbers")

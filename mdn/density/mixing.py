@@ -15,6 +15,7 @@ from mdn.density.mixture import GaussianMixture
 from mdn.density.parameters import broadcast_batch
 from mdn.density.queries import Queries
 from mdn.density.transformed import Transformed, split_transform
+from mdn.density.transforms import is_same
 from mdn.errors import DataError
 
 
@@ -62,7 +63,7 @@ def join(members: Sequence[Queries], log_shares: Sequence[tf.Tensor] | None = No
     if len(sizes) > 1:
         raise DataError(f"densities of {sorted(sizes)} targets have no mixture: make them equal")
     bases, bijectors = zip(*(split_transform(member) for member in members), strict=True)
-    if any(not (b is bijectors[0] or b == bijectors[0]) for b in bijectors):
+    if not all(is_same(bijector, bijectors[0]) for bijector in bijectors):
         raise DataError("densities with different target transforms have no mixture: use one")
     mixtures = [base.as_mixture() for base in bases]
     if len({type(mixture) for mixture in mixtures}) > 1:

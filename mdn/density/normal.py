@@ -1,4 +1,7 @@
-"""Multivariate normals that marginalise missing entries and answer what a mixture answers."""
+"""Multivariate normals that marginalise missing entries and answer what a mixture answers.
+
+Shape letters: D event size.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,15 @@ _MOST = 10  # components, and targets of a component, that are printed
 
 
 def from_dict(base: type, plain: Mapping[str, Any]) -> Any:
-    """Return the density that `to_dict` wrote down, of a type below `base`."""
+    """Return the density that `to_dict` wrote down.
+
+    Args:
+        base: the type that all densities derive from.
+        plain: "type" and "dtype", and name -> nested lists of numbers for each parameter.
+
+    Raises:
+        DataError: there is no such type.
+    """
     types = {kind.__name__: kind for kind in _below(base)}
     name = plain.get("type")
     if name not in types:

@@ -2,6 +2,8 @@
 
 `scale_tril` equals `tfb.FillScaleTriL` in parameter order and value. It is spelled out because
 the bijector fails under XLA when the batch size is not static, and in float64.
+
+Shape letters: D event size.
 """
 
 from __future__ import annotations

@@ -126,6 +126,9 @@ def prune(parameters: MixtureParameters, min_weight: float) -> MixtureParameters
     Args:
         parameters: batch [..], K components.
         min_weight: between 0 and 1.
+
+    Raises:
+        DataError: it is not.
     """
     if not 0.0 <= min_weight <= 1.0:
         raise DataError(f"min_weight={min_weight}: give a weight between 0 and 1")

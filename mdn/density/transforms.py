@@ -198,6 +198,26 @@ def select(bijector: tfb.Bijector, dims: Sequence[int], event_size: int) -> tfb.
     return Selected(bijector, dims, event_size)
 
 
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two bijectors, or None, are one transform: of the same type and numbers.
+
+    TFP's comparison does not look into variables, which the power of a Box-Cox transform is.
+    """
+    if one is other or type(one) is not type(other):
+        return one is other
+    if isinstance(one, PerTarget):
+        pairs = zip(one.bijectors, other.bijectors, strict=False)
+        return len(one.bijectors) == len(other.bijectors) and all(is_same(*pair) for pair in pairs)
+    if isinstance(one, Selected):
+        places = (one.dims, one.event_size) == (other.dims, other.event_size)
+        return places and is_same(one.bijector, other.bijector)
+    if isinstance(one, BoxCox):
+        with tf.init_scope():  # where variables have values, also while a function is traced
+            values = [[np.asarray(part) for part in b._read()] for b in (one, other)]
+        return all(map(np.array_equal, *values))
+    return one == other
+
+
 # ---------------------------------------------------------------------- specifications
 
 

@@ -52,6 +52,9 @@ def minimise(
         max_steps: of a start, the end in any case.
         compiled: the objective and its gradient are one XLA program.
 
+    Raises:
+        ConfigError: the objective has no gradient.
+
     Source:
         Nocedal and Wright (2006), Numerical Optimization, algorithm 7.5.
     """
