@@ -8,11 +8,49 @@ import pytest
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
+# What XLA takes to make a program fast, four times what it needs otherwise, no test earns back.
+# Processes that tests start do the same, but for the one of the main job.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 # Several workers share the cores, and threads of BLAS that wait for each other spin.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Tracing makes objects by the hundred thousand, most of which live: look for the dead less often.
 gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _answers_by_graphs():
+    """Let models answer by graphs: XLA takes a second or two for each program of each model.
+
+    Yields what makes the programs otherwise. That XLA answers the same, for every head, is tested
+    in `test_inference`; runs in a process of their own take it too.
+    """
+    from mdn.answers import AnsweringModel
+    from mdn.inference import RowProgram
+
+    whole = AnsweringModel.row_program
+    AnsweringModel.row_program = lambda self, function: RowProgram(function, jit_compile=False)
+    yield whole
+    AnsweringModel.row_program = whole
+
+
+@pytest.fixture
+def xla_answers(_answers_by_graphs, monkeypatch):
+    """Let models answer as they do for a user, by XLA."""
+    monkeypatch.setattr("mdn.answers.AnsweringModel.row_program", _answers_by_graphs)
+
+
+@pytest.fixture
+def bare_runs(monkeypatch):
+    """Let runs draw no figures and export nothing, in tests of what they learn."""
+    from mdn import tasks
+
+    for name in ("save_plots", "save_vae_plots", "write_figures"):
+        monkeypatch.setattr(tasks, name, lambda *args, **kwargs: None)
+    for task in (tasks.DensityTask, tasks.VAETask):
+        monkeypatch.setattr(task, "export", lambda *args, **kwargs: None)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from forks import ROOT, Fork
 
-from mdn.cli.main import command
+from mdn.cli.main import command, main
 from mdn.config import compose_config
 from mdn.errors import ConfigError, MDNError, RunError
 from mdn.finished import data_of, evaluate_run, export_run, load_run, plot_run
@@ -25,7 +26,6 @@ from mdn.listing import find_runs, print_runs
 # On one worker, which makes the fixtures once.
 pytestmark = pytest.mark.xdist_group("cli")
 
-ROOT = Path(__file__).parent.parent
 MAIN = "import sys; sys.argv[0] = 'mdn'; from mdn.cli.main import main; main()"
 
 
@@ -258,7 +258,7 @@ def test_kill_and_go_on(run, tmp_path):
     frame = pd.concat([rows(70_000, seed=s) for s in range(3)])
     frame.to_parquet(tmp_path / "big.parquet", index=False)
     words = ["predict", run, tmp_path / "big.parquet", "-o", tmp_path / "out.parquet"]
-    process = subprocess.Popen([sys.executable, "-c", MAIN, *map(str, words)])
+    process = Fork(main, ["mdn", *words], log=tmp_path / "killed")
     parts = tmp_path / ".out.parquet.partial"
     while process.poll() is None and not list(parts.glob("*.parquet")):
         time.sleep(0.01)

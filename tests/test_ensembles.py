@@ -362,7 +362,7 @@ def test_run_writes_what_a_single_one_does(finished):
 
 
 @one_worker
-def test_first_member_is_the_run_without_an_ensemble(finished, tmp_path):
+def test_first_member_is_the_run_without_an_ensemble(finished, tmp_path, bare_runs):
     directory, _ = finished
     run(tmp_path / "single")
     assert_same_weights(
@@ -371,7 +371,7 @@ def test_first_member_is_the_run_without_an_ensemble(finished, tmp_path):
 
 
 @one_worker
-def test_interrupted_run_ends_as_the_uninterrupted_one(finished, tmp_path, monkeypatch):
+def test_interrupted_run_ends_as_the_uninterrupted_one(finished, tmp_path, monkeypatch, bare_runs):
     directory, metrics = finished
     whole = Checkpoint.on_epoch_end
 
@@ -395,7 +395,7 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(finished, tmp_path, monke
 
 
 @one_worker
-def test_init_from_an_ensemble(finished, tmp_path):
+def test_init_from_an_ensemble(finished, tmp_path, bare_runs):
     directory, metrics = finished
     slow = ("optimizer.learning_rate=1e-12", "trainer.epochs=1", f"init_from={directory}")
     again = run(tmp_path / "again", "ensemble=2", *slow)

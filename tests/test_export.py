@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -22,7 +23,8 @@ from mdn.density.draws import draw
 from mdn.density.given import condition_on_observed
 from mdn.errors import ConfigError, RunError
 from mdn.export import export_saved_model
-from mdn.export.saved_model import input_names
+from mdn.export.saved_model import feature_specs, input_names
+from mdn.export.signatures import signatures as trace
 
 # On one worker, which makes the fixtures once.
 pytestmark = pytest.mark.xdist_group("export")
@@ -86,7 +88,7 @@ def adapted(head, backbone=None, x=X, y=Y, missing="error"):
 
 def own_backbone():
     chain = [tf_keras.layers.Dense(8), tf_keras.layers.BatchNormalization()]
-    model, x, y = adapted(heads.MixtureDiag(2, 3), tf_keras.Sequential(chain))
+    model, x, y = adapted(heads.MixturePrecision(2, 3), tf_keras.Sequential(chain))
     model.compile(jit_compile=True)
     model.fit(x, y, verbose=0)
     return model, x, y
@@ -112,15 +114,13 @@ CASES: dict[str, Callable] = {
     "tril": lambda: adapted(heads.TriL(3), backbones.ResNet(8, 1), MISSING, missing="indicator"),
     "mixture": lambda: adapted(heads.Mixture(2, 3)),
     "mixture_one_target": lambda: adapted(heads.Mixture(1, 3), backbones.Constant()),
-    "precision": lambda: adapted(heads.MixturePrecision(3, 2)),
-    "low_rank": lambda: adapted(heads.MixtureLowRank(3, 2, rank=2)),
     "low_rank_one_target": lambda: adapted(heads.MixtureLowRank(1, 2, rank=1)),
-    "own_backbone_trained": own_backbone,
+    "precision_own_backbone_trained": own_backbone,
     "columns": lambda: adapted(heads.MixtureDiag(2, 2), x=COLUMNS, missing="indicator"),
     "columns_bfloat16": low_precision,
     "lstm": lambda: adapted(heads.Mixture(2, 3), backbones.LSTM([4]), STEPS, STEPS_Y),
-    "lstm_last_step": lambda: adapted(
-        heads.TriL(2), backbones.LSTM([4], return_sequences=False), STEPS
+    "low_rank_lstm_last_step": lambda: adapted(
+        heads.MixtureLowRank(3, 2, rank=2), backbones.LSTM([4], return_sequences=False), STEPS
     ),
 }
 
@@ -362,8 +362,15 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@functools.cache
+def traced(model):
+    return trace(model, feature_specs(model))
+
+
 @pytest.fixture
-def two_models(exported):
+def two_models(exported, monkeypatch):
+    """Return two models, which are traced once for all tests of what is written where."""
+    monkeypatch.setattr("mdn.export.saved_model.signatures", lambda model, _: traced(model))
     return exported["diag"][0], exported["tril"][0]
 
 
@@ -444,7 +451,7 @@ def test_export_is_silent(exported, tmp_path, capfd):
     level = logger.level
     logger.setLevel("INFO")  # as in a notebook
     try:
-        for name in ("columns", "lstm_last_step"):
+        for name in ("columns", "low_rank_lstm_last_step"):
             export_saved_model(exported[name][0], tmp_path / name)
     finally:
         logger.setLevel(level)

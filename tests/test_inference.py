@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from test_heads import KINDS
+from test_heads import make as make_head
 
 import mdn
 from mdn.density import mixture_of
@@ -42,6 +44,29 @@ def test_answers_are_those_of_a_call(make):
         again = model.predict_distribution(X[:n])
         np.testing.assert_allclose(again.mean(), density.mean()[:n], rtol=1e-4, atol=1e-5)
     assert model.log_prob(X[:0], Y[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, mdn.Ensemble])
+def test_xla_answers_as_a_call_does(kind, xla_answers):
+    if kind is mdn.Ensemble:
+        model = ensemble()
+    else:
+        model = mdn.MDN(make_head(kind, 2, 2), mdn.backbones.MLP([8]))
+        model.adapt(X, Y)
+
+    def answers(x, y):
+        density = model(x, training=False)
+        return {"log_prob": density.log_prob(y), "mean": density.mean(), **density.tensors()}
+
+    program = model.row_program(answers)
+    assert program._function._jit_compile
+    arrays = X[:17].astype(np.float32), GAPS[:17].astype(np.float32)
+    expected = answers(*map(tf.constant, arrays))
+    parts = list(program(arrays, 16))
+    assert [rows for rows, _ in parts] == [slice(0, 16), slice(16, 17)]
+    for name, value in expected.items():
+        found = np.concatenate([part[name] for _, part in parts])
+        np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_answers_from_columns():

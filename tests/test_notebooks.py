@@ -73,8 +73,6 @@ def test_small(path):
 @EACH
 def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("MDN_NOTEBOOK_EPOCHS", "2")
-    # Two epochs do not earn back what XLA takes to make a program faster.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's own settings
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)  # the notebook sees to that
     notebook, committed = read(path)

@@ -236,7 +236,7 @@ def test_killed_run_goes_on_and_chooses(tmp_path, monkeypatch, two_candidates):
 
 
 @pytest.mark.slow
-def test_dashboard_shows_the_choice(tmp_path, two_candidates):
+def test_dashboard_shows_the_choice(tmp_path, two_candidates, bare_runs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     metrics = run(tmp_path / "run", "k=auto", "ensemble=2", "trainer.epochs=1")

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from forks import Fork
 
 from mdn import MDN, backbones, heads
 from mdn.density import GaussianMixture
@@ -220,19 +220,15 @@ def test_size_is_that_of_the_files(mixture, tmp_path):
 
 # ---------------------------------------------------------------------- kills
 
-WRITER = """
-import sys
-import numpy as np
-from mdn import MDN, backbones, heads
-from mdn.export import export_saved_model
 
-model = MDN(heads.Diag(1), backbones.MLP([4]))
-x = np.random.default_rng(0).normal(size=[50, 1])
-model.adapt(x, x + 1.0)
-while True:
-    export_saved_model(model, sys.argv[1], overwrite=True)
-    print("whole", flush=True)
-"""
+def export_forever():
+    """Write a small model to the path that the command line says, again and again."""
+    model = MDN(heads.Diag(1), backbones.MLP([4]))
+    x = np.random.default_rng(0).normal(size=[50, 1])
+    model.adapt(x, x + 1.0)
+    while True:
+        export_saved_model(model, sys.argv[1], overwrite=True)
+        print("whole", flush=True)
 
 
 @pytest.mark.slow
@@ -240,13 +236,13 @@ def test_killed_export_leaves_nothing_that_looks_whole(tmp_path):
     path = tmp_path / "saved_model"
     whole = 0
     for wait in (None, 0.3, 0.9):
-        command = [sys.executable, "-c", WRITER, str(path)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process = Fork(export_forever, ["export", path], log=tmp_path / "log")
         if wait is None:  # while the first one is written
             while not list(tmp_path.glob(".saved_model.partial/*")) and process.poll() is None:
                 time.sleep(0.002)
         else:
-            assert process.stdout.readline() == b"whole\n"
+            while not process.out.read_text() and process.poll() is None:
+                time.sleep(0.01)
             time.sleep(wait)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL

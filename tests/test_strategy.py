@@ -2,21 +2,19 @@
 
 import json
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Fork
 
 import mdn
+from mdn.cli.train import main
 from mdn.config import compose_config
 from mdn.training import train
 
 # On one worker, which makes the fixtures once.
 pytestmark = pytest.mark.xdist_group("strategy")
 
-ROOT = Path(__file__).parent.parent
 OPTIONS = (
     "trainer.epochs=3",
     "trainer.batch_size=64",
@@ -30,17 +28,9 @@ OPTIONS = (
 )
 
 
-def start(directory, *options, **environment):
-    import os
-
-    return subprocess.Popen(
-        [sys.executable, "train.py", f"output_dir={directory}", *OPTIONS, *options],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
+def start(directory, *options, name="run", **environment):
+    words = ["train.py", f"output_dir={directory}", *OPTIONS, *options]
+    return Fork(main, words, log=directory.with_name(name), **environment)
 
 
 def finish(process):
@@ -84,6 +74,7 @@ def test_two_workers_equal_one_process(one_device, tmp_path):
             tmp_path / "run",
             "strategy=multi_worker",
             "strategy.timeout=120",
+            name=f"worker_{i}",
             TF_CONFIG=json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}}),
         )
         for i in range(2)

@@ -2,7 +2,7 @@
 
 import datetime
 import itertools
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import tf_keras
+from forks import Fork
 
 import mdn
 from mdn.callbacks.checkpoint import Checkpoint
 from mdn.config import compose_config
+from mdn.data import parquet
 from mdn.data.first_pass import _draw
 from mdn.data.parquet import ParquetReader
 from mdn.data.tabular import Parquet
@@ -24,13 +26,14 @@ from mdn.features import Columns, as_tensors
 from mdn.training import train
 
 N, GROUP = 500, 60
+BLOCK_ROWS, LEAST_ROWS = 70, 16
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Several pieces, blocks and pools of so few rows."""
-    monkeypatch.setattr("mdn.data.parquet.BLOCK_ROWS", 70)
-    monkeypatch.setattr("mdn.data.parquet.LEAST_ROWS", 16)
+    monkeypatch.setattr(parquet, "BLOCK_ROWS", BLOCK_ROWS)
+    monkeypatch.setattr(parquet, "LEAST_ROWS", LEAST_ROWS)
 
 
 def frame(n=N):
@@ -391,31 +394,29 @@ def test_streamed_fit_is_as_good_as_the_one_in_memory(tmp_path):
     assert abs(ours.mean() - theirs.mean()) < 0.1
 
 
+def train_and_die():
+    """Train as the command line says; the process ends with the second epoch."""
+    end = Checkpoint.on_epoch_end
+
+    def end_all(self, epoch, logs=None):
+        end(self, epoch, logs)
+        if epoch == 1:
+            os._exit(9)
+
+    parquet.BLOCK_ROWS, parquet.LEAST_ROWS = BLOCK_ROWS, LEAST_ROWS
+    Checkpoint.on_epoch_end = end_all
+    train(compose_config(sys.argv[1:]))
+
+
 @pytest.mark.slow
-def test_killed_run_ends_as_the_uninterrupted_one(file, tmp_path):
+def test_killed_run_ends_as_the_uninterrupted_one(file, tmp_path, bare_runs):
     options = ("trainer.epochs=4", "trainer.schedule=constant")
     metrics = run(tmp_path / "whole", file, *options)
     assert metrics["train/epochs"] == 4
     assert metrics["data/rows"] == N
-    script = (
-        "import os, sys, mdn.callbacks.checkpoint as c\n"
-        "import mdn.data.parquet as p; p.BLOCK_ROWS, p.LEAST_ROWS = 70, 16\n"
-        "from mdn.config import compose_config\n"
-        "from mdn.training import train\n"
-        "end = c.Checkpoint.on_epoch_end\n"
-        "def kill(self, epoch, logs=None):\n"
-        "    end(self, epoch, logs)\n"
-        "    os._exit(9) if epoch == 1 else None\n"
-        "c.Checkpoint.on_epoch_end = kill\n"
-        "train(compose_config(sys.argv[1:]))\n"
-    )
-    arguments = [f"output_dir={tmp_path}/killed", f"data.path={file}", *TINY, *options]
-    killed = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-    )
-    assert killed.returncode == 9, killed.stderr.decode()
+    words = ["train", f"output_dir={tmp_path}/killed", f"data.path={file}", *TINY, *options]
+    killed = Fork(train_and_die, words, log=tmp_path / "killed")
+    assert killed.wait() == 9, killed.communicate()
     again = run(tmp_path / "killed", file, *options)
     for a, b in zip(weights(tmp_path / "whole"), weights(tmp_path / "killed"), strict=True):
         np.testing.assert_array_equal(a, b)

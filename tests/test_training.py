@@ -1,21 +1,23 @@
 """Whole runs: what they write, every option by name, kills, resumption, wrong inputs."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 import typing
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
 import tf_keras
+from forks import ROOT, Fork
 from omegaconf import OmegaConf
 
 import mdn
+from mdn.cli.train import main
 from mdn.config import compose_config, config_dir
 from mdn.options import TrainerOptions
 from mdn.runs import CONTENTS
@@ -36,16 +38,9 @@ def run(directory, *overrides, tiny=(*TINY, *TINY_DATA)):
     return train(compose_config([f"output_dir={directory}", *tiny, *overrides]))
 
 
-def command(directory, *overrides, **kwargs):
-    """Start `python train.py` in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "train.py", f"output_dir={directory}", *overrides],
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
+def command(directory, *overrides):
+    """Start `train.py` in a process of its own."""
+    return Fork(main, ["train.py", f"output_dir={directory}", *overrides], log=directory)
 
 
 def choices(group):
@@ -114,7 +109,7 @@ def test_finished_run_is_not_touched(finished):
 
 
 @one_worker
-def test_seed_decides_the_run(finished, tmp_path):
+def test_seed_decides_the_run(finished, tmp_path, bare_runs):
     _, metrics = finished
     bare = ("callbacks.tensorboard=null", "callbacks.checkpoint=null")  # they change no run
     again, other = run(tmp_path / "0", *bare), run(tmp_path / "1", "seed=1", *bare)
@@ -123,7 +118,7 @@ def test_seed_decides_the_run(finished, tmp_path):
 
 
 @one_worker
-def test_init_from_starts_at_the_weights_of_a_run(finished, tmp_path):
+def test_init_from_starts_at_the_weights_of_a_run(finished, tmp_path, bare_runs):
     directory, metrics = finished
     slow = ("optimizer.learning_rate=1e-12", "trainer.epochs=1")
     again = run(tmp_path / "again", f"init_from={directory}", *slow)
@@ -401,20 +396,27 @@ def test_full_disk_while_the_model_is_saved(tmp_path):
 
 @pytest.mark.slow
 def test_main_job_comes_near_the_entropy(tmp_path):
-    process = command(tmp_path / "run", "model=mixture", "k=3")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert err == ""
+    """The command as a user types it."""
+    process = subprocess.run(
+        [sys.executable, "train.py", "model=mixture", "k=3", f"output_dir={tmp_path}/run"],
+        cwd=ROOT,
+        env={name: v for name, v in os.environ.items() if name != "XLA_FLAGS"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["test/n"] == 10_000
     assert metrics["test/regret"] < 0.05
     assert metrics["test/regret"] > -4.0 * metrics["test/regret_se"]
     assert metrics["data/entropy"] == pytest.approx(-1.2263, abs=1e-3)
-    assert out.splitlines()[-1].endswith(f"tensorboard --logdir {tmp_path}/run")
+    last = process.stdout.splitlines()[-1]
+    assert last.endswith(f"tensorboard --logdir {tmp_path}/run")
 
 
 @pytest.mark.slow
-def test_no_component_dies(tmp_path):
+def test_no_component_dies(tmp_path, bare_runs):
     run(  # of three members, each as a run of its own seed
         tmp_path / "run",
         *("k=8", "ensemble=3", "callbacks.tensorboard.image_every=0"),
@@ -432,7 +434,7 @@ def test_no_component_dies(tmp_path):
 
 
 @pytest.mark.slow
-def test_flights_beat_one_gaussian_by_far(tmp_path):
+def test_flights_beat_one_gaussian_by_far(tmp_path, bare_runs):
     metrics = run(
         tmp_path / "run",
         *("data=flights", "model=mixture", "k=5", "callbacks.tensorboard=null"),

@@ -6,17 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from forks import Fork
 
 import mdn
 from mdn.backbones import MLP
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.tensorboard import TensorBoard
+from mdn.cli.train import main
 from mdn.comparison import Fit
 from mdn.config import compose_config
 from mdn.data.digits import Digits
@@ -27,7 +28,6 @@ from mdn.vae import PRIORS, VAE
 from mdn.vae_evaluation import evaluate_vae
 from mdn.vae_plots import save_vae_plots
 
-ROOT = Path(__file__).parent.parent
 TINY = (
     "model=vae",
     "data=digits",
@@ -524,7 +524,7 @@ def test_every_other_option_trains(options, tmp_path):
 
 
 @one_worker
-def test_init_from(finished, tmp_path):
+def test_init_from(finished, tmp_path, bare_runs):
     directory, metrics = finished
     slow = ("optimizer.learning_rate=1e-12", "trainer.epochs=1")
     again = run(tmp_path / "again", f"init_from={directory}", *slow)
@@ -576,13 +576,8 @@ def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path):
     )
 
     def start(name):
-        return subprocess.Popen(
-            [sys.executable, "train.py", *options, f"output_dir={tmp_path / name}"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        words = ["train.py", *options, f"output_dir={tmp_path / name}"]
+        return Fork(main, words, log=tmp_path / name)
 
     killed, whole = start("killed"), start("whole")
     checkpoints = tmp_path / "killed" / "checkpoints"
@@ -605,7 +600,7 @@ def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_compared_fits_are_those_of_runs(tmp_path):
+def test_compared_fits_are_those_of_runs(tmp_path, bare_runs):
     options = ("trainer.epochs=10", "trainer.compiled=true", "callbacks.early_stopping=null")
     alone = run(tmp_path / "run", *options)
     config = compose_config([*TINY, *options])
@@ -615,14 +610,11 @@ def test_compared_fits_are_those_of_runs(tmp_path):
 
 @pytest.mark.slow
 def test_mixture_prior_beats_the_standard_normal(tmp_path):
-    process = subprocess.run(
-        [sys.executable, "train.py", "experiment=vae_mixture", f"output_dir={tmp_path}/run"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stderr == ""
+    words = ["train.py", "experiment=vae_mixture", f"output_dir={tmp_path}/run"]
+    process = Fork(main, words, log=tmp_path / "run")
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert err == ""
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["comparison/seeds"] == 5
     for size in (2, 8):

@@ -1,0 +1,67 @@
+"""Processes that are forked where TensorFlow is imported already, which takes longer than they do.
+
+Each is a process of its own all the same, with a runtime of its own, and can be killed.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["mdn.cli.main", "mdn.cli.train", "mdn.training"])
+
+
+class Fork:
+    """A command in a process of its own, with the methods of `subprocess.Popen` that tests use.
+
+    Args:
+        main: what the command calls; a function of a module, without arguments.
+        words: the command and its arguments, for `sys.argv`.
+        log: a path, beside which what it prints is written: `<log>.out` and `<log>.err`.
+        **environment: variables to set.
+    """
+
+    def __init__(
+        self, main: Callable[[], object], words: list, log: Path, **environment: str
+    ) -> None:
+        self.out, self.err = (log.with_name(f"{log.name}.{end}") for end in ("out", "err"))
+        for path in (self.out, self.err):
+            path.touch()
+        words = [str(word) for word in words]
+        arguments = main, words, str(self.out), str(self.err), environment
+        self._process = _SERVER.Process(target=_begin, args=arguments)
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    returncode = property(poll)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self.poll()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.out.read_text(), self.err.read_text()
+
+
+def _begin(
+    main: Callable[[], object], words: list[str], out: str, err: str, environment: dict[str, str]
+) -> None:
+    for standard, path in ((1, out), (2, err)):
+        with open(path, "wb") as file:
+            os.dup2(file.fileno(), standard)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs of some shells
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = words
+    main()
