@@ -144,13 +144,13 @@ class AnsweringModel(TrainedModel):
         parts = [part.numpy() for _, part in answers]
         return np.concatenate(parts) if parts else np.zeros(y.shape[:-1], y.dtype)
 
-    def log_density(self, x: Any, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
+    def log_density(self, x: Any, y: tf.Tensor, complete: bool | None = None) -> tf.Tensor:
         """Return log p(y | x) of a batch, as `self(x).log_prob(y)` does.
 
         Args:
             x: as for a call.
             y: [B, D] or [B, T, D] in the user's units; an entry that is NaN is marginalised.
-            complete: none is, and the answer may be found faster.
+            complete: none is, and the answer may be found faster; None: look for one.
         """
         return self(x, training=False).log_prob(y)
 

@@ -198,6 +198,8 @@ class Ensemble(MDN):
             features.set_shape([self.members, math.prod(x.shape[1:-1]), size])
             batch = x.shape[1:-1].as_list()
         hidden = self._network.apply(self.backbone, features, training)  # [M, n, H]
+        if not (training or own):
+            hidden = self._without_answers(x, hidden)
         return tf.cast(hidden, self.head.dtype), batch
 
     def _log_prob(self, hidden: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
@@ -215,7 +217,7 @@ class Ensemble(MDN):
         """Whether x holds rows for each member, [M, B, ..]."""
         return not isinstance(x, dict) and x.shape.rank == (self._feature_rank or 2) + 1
 
-    def log_density(self, x: Any, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
+    def log_density(self, x: Any, y: tf.Tensor, complete: bool | None = None) -> tf.Tensor:
         return self(x, training=False).log_prob(y)
 
     # ------------------------------------------------------------------ answers for many rows

@@ -181,7 +181,15 @@ class MDN(AnsweringModel):
         return self.head(self._hidden(inputs, training))
 
     def _hidden(self, inputs: Any, training: bool | None) -> tf.Tensor:
-        return self.backbone(self.features(inputs), training=training)  # [.., F'] to [.., H]
+        hidden = self.backbone(self.features(inputs), training=training)  # [.., F'] to [.., H]
+        return hidden if training else self._without_answers(inputs, hidden)
+
+    def _without_answers(self, inputs: Any, hidden: tf.Tensor) -> tf.Tensor:
+        """Return hidden [.., B, H] with NaN where `lacking` says so: a fused ReLU makes it 0."""
+        lacking = self.lacking(inputs)
+        if lacking is None:
+            return hidden
+        return tf.where(lacking[:, tf.newaxis], tf.constant(np.nan, hidden.dtype), hidden)
 
     def features(self, inputs: Any) -> tf.Tensor:
         """Return what the backbone takes, [.., F'], of raw features or their codes."""
@@ -350,11 +358,19 @@ class MDN(AnsweringModel):
         density = self(x, training=training)
         return self.compute_loss(x, y, density, sample_weight, training), density
 
-    def log_density(self, x: Any, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
-        if not complete:
-            return super().log_density(x, y)
+    def log_density(self, x: Any, y: tf.Tensor, complete: bool | None = None) -> tf.Tensor:
         self._check_adapted()
-        return self.head.log_prob(self._hidden(x, training=False), y)
+        hidden = self._hidden(x, training=False)
+
+        def fast() -> tf.Tensor:
+            return self.head.log_prob(hidden, y)
+
+        def any_missing() -> tf.Tensor:
+            return self.head(hidden).log_prob(y)
+
+        if complete is None:
+            return tf.cond(tf.reduce_any(tf.math.is_nan(y)), any_missing, fast)
+        return fast() if complete else any_missing()
 
     def predict_step(self, data: Any) -> tf.Tensor:
         x, _, _ = tf_keras.utils.unpack_x_y_sample_weight(data)

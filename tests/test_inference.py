@@ -80,7 +80,7 @@ def test_answers_from_columns():
 def test_faster_density_of_a_batch_is_the_same():
     for model in (make(), ensemble()):
         density = model(tf.constant(X, tf.float32))
-        for y, complete in ((Y, True), (Y, False), (GAPS, False)):
+        for y, complete in ((Y, True), (Y, False), (Y, None), (GAPS, False), (GAPS, None)):
             y = tf.constant(y, tf.float32)
             found = model.log_density(tf.constant(X, tf.float32), y, complete)
             np.testing.assert_allclose(found, density.log_prob(y), rtol=1e-4, atol=1e-4)
