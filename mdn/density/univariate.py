@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from tensorflow_probability.python.internal import special_math
 
 from mdn.density.gaussian import LOG_2_PI
 from mdn.density.parameters import MixtureParameters
@@ -72,12 +71,12 @@ def log_density(margins: Margins, y: tf.Tensor) -> tf.Tensor:
 
 def cdf(margins: Margins, y: tf.Tensor) -> tf.Tensor:
     """Return P(Y_d <= y_d), [.., D], of y [.., D]; NaN where y is."""
-    return _mix(margins, special_math.ndtr(_standard(margins, y)))
+    return _mix(margins, ndtr(_standard(margins, y)))
 
 
 def survival(margins: Margins, y: tf.Tensor) -> tf.Tensor:
     """Return P(Y_d > y_d), [.., D], of y [.., D]; NaN where y is."""
-    return _mix(margins, special_math.ndtr(-_standard(margins, y)))
+    return _mix(margins, ndtr(-_standard(margins, y)))
 
 
 def quantile(margins: Margins, probability: tf.Tensor) -> tf.Tensor:
@@ -223,12 +222,17 @@ def _log_tail(margins: Margins, z: tf.Tensor) -> tf.Tensor:
     """Return the log of the mixture of Phi(z), [.., D], of z [.., D, K]."""
     small = _log_mix(margins, log_ndtr(z))
     # Near one a log is as small as the other tail, and has its digits from there.
-    other = tf.minimum(_mix(margins, special_math.ndtr(-z)), 0.5)
+    other = tf.minimum(_mix(margins, ndtr(-z)), 0.5)
     return tf.where(small > -math.log(2.0), tf.math.log1p(-other), small)
 
 
 def _log_mix(margins: Margins, values: tf.Tensor) -> tf.Tensor:
     return tf.reduce_logsumexp(margins.log_weight + values, axis=-1)
+
+
+def ndtr(x: tf.Tensor) -> tf.Tensor:
+    """Return Phi(x), with its digits in both tails."""
+    return 0.5 * tf.math.erfc(-math.sqrt(0.5) * x)
 
 
 def log_ndtr(x: tf.Tensor) -> tf.Tensor:
