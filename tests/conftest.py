@@ -22,34 +22,29 @@ gc.set_threshold(50_000, 20, 20)
 
 @pytest.fixture(scope="session", autouse=True)
 def _answers_step_by_step():
-    """Let models answer step by step: to trace a program takes longer than the few rows of a test.
+    """Let models answer few rows step by step: to trace a graph takes longer.
 
-    Yields what makes the programs otherwise. That XLA answers the same, for every head, is tested
-    in `test_inference`; runs in a process of their own take it too.
+    But in bfloat16, whose roundings are those of a graph.
     """
     import tensorflow as tf
 
     from mdn.answers import AnsweringModel
-    from mdn.inference import RowProgram
-
-    class Untraced(RowProgram):
-        def __init__(self, function):
-            self._function = function
 
     def row_program(model, function):
-        if tf.as_dtype(model.backbone.compute_dtype or model.dtype).size < 4:
-            return whole(model, function)  # whose roundings are those of a graph
-        return Untraced(function)
+        program = whole(model, function)
+        if tf.as_dtype(model.backbone.compute_dtype or model.dtype).size >= 4:
+            program._graph = function
+        return program
 
     whole, AnsweringModel.row_program = AnsweringModel.row_program, row_program
-    yield whole
+    yield
     AnsweringModel.row_program = whole
 
 
 @pytest.fixture
-def xla_answers(_answers_step_by_step, monkeypatch):
-    """Let models answer as they do for a user, by XLA."""
-    monkeypatch.setattr("mdn.answers.AnsweringModel.row_program", _answers_step_by_step)
+def xla_answers(monkeypatch):
+    """Let models answer by XLA at once, and not only for many rows."""
+    monkeypatch.setattr("mdn.inference.FEW_BATCHES", 0)
 
 
 @pytest.fixture
