@@ -37,7 +37,7 @@ def train(model, directory, epochs=EPOCHS, keep=2, first_epoch=0, checkpoint=Non
     checkpoint.watch(others)
     x, y = rows()
     model.fit(
-        training_batches((x, y), 16, seed=0, first_epoch=first_epoch),
+        training_batches((x, y), 16, seed=0, first_epoch=first_epoch, chunk=1),
         epochs=epochs,
         initial_epoch=first_epoch,
         steps_per_epoch=6,
