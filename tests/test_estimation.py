@@ -30,8 +30,11 @@ def run(tmp_path):
 
 
 def answer(*overrides):
-    """Return the metrics of a run, without its files."""
-    config = compose_config(overrides)
+    """Return the metrics of a run, without its files.
+
+    XLA compiles for longer than the small ones take, and is asked for where that is the question.
+    """
+    config = compose_config(["model.compiled=false", *overrides])
     data = make(config, "data").load()
     return judge(make(config, "model", y=data.train.y, weight=None), config, data)
 
@@ -66,7 +69,8 @@ def test_mvn_diag_mle():
 
 
 def test_mvn_diag_mle_in_mini_batches():
-    metrics = answer("experiment=mvn_diag_mle_batches", "data.test_rows=100")
+    batches = ("experiment=mvn_diag_mle_batches", "model.compiled=true")
+    metrics = answer(*batches, "data.test_rows=100")
     assert metrics["fit/converged"] == 1.0
     assert metrics["error/mean_in_se"] < 3.0
     assert metrics["error/stddev"] * (2 * 10_000) ** 0.5 < 3.0  # its standard error
@@ -92,18 +96,18 @@ def test_mle_bivariate(fixed):
 
 @pytest.mark.parametrize("method", ["gradient", "exact"])
 def test_make_trainable_normal(method):
-    metrics = answer("experiment=make_trainable_normal", f"model.method={method}")
+    how = (f"model.method={method}", "model.compiled=true")
+    metrics = answer("experiment=make_trainable_normal", *how)
     assert metrics["fit/mean/y"] == pytest.approx(5.40, abs=0.005)
     assert metrics["fit/stddev/y"] == pytest.approx(1.95, abs=0.005)
     assert metrics["fit/stddev/y"] == pytest.approx(np.std(TEN), abs=1e-5)
 
 
-@pytest.mark.parametrize("positivity", ["softplus", "exp", "elu"])
-def test_points_3d(positivity):
-    metrics = answer(
-        "experiment=points_3d", f"model.positivity={positivity}", "model.compiled=false"
-    )
-    assert metrics["fit/starts"] == metrics["fit/starts_converged"] == 100
+@pytest.mark.parametrize(("positivity", "starts"), [("softplus", 100), ("exp", 20), ("elu", 20)])
+def test_points_3d(positivity, starts):
+    how = (f"model.positivity={positivity}", f"model.restarts={starts}")
+    metrics = answer("experiment=points_3d", *how)
+    assert metrics["fit/starts"] == metrics["fit/starts_converged"] == starts
     assert metrics["error/worst_start/covariance"] < 1e-3
     assert metrics["answer/covariance/y_3/y_3"] / metrics["answer/covariance/y_1/y_1"] > 50
 
@@ -120,7 +124,7 @@ def test_bivariate_mixture(method):
 
 @pytest.mark.parametrize("method", [pytest.param("gradient", marks=pytest.mark.slow), "em"])
 def test_mixture_10d(method):
-    metrics = answer("experiment=mixture_10d", f"model.method={method}")
+    metrics = answer("experiment=mixture_10d", f"model.method={method}", "model.compiled=true")
     assert metrics["test/n"] == 10_000
     assert -3 * metrics["test/regret_se"] < metrics["test/regret"] < 0.05
 
@@ -130,7 +134,7 @@ def test_the_main_path_fits_the_same_mixture():
     rows = make(compose_config(["data=bivariate_mixture"]), "data", test_rows=4000).load()
     model = mdn.MDN(mdn.heads.Mixture(2, 2), mdn.backbones.Constant())
     model.adapt(rows.train.x, rows.train.y)
-    model.compile("adam", jit_compile=False)
+    model.compile("adam")
     model.fit(rows.train.x, rows.train.y, epochs=20, batch_size=250, verbose=0)
     fit = mdn.fit_distribution("GaussianMixture", rows.train.y, components=2, method="em")
     network = model.predict_distribution(rows.test.x).log_prob(rows.test.y.astype(np.float32))
