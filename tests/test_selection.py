@@ -18,7 +18,13 @@ from mdn.runs import CONTENTS
 from mdn.selection import Selection, choose, held_out_nll
 
 TINY = (
-    *("trainer.epochs=2", "trainer.batch_size=32", "trainer.verbose=0", "trainer.compiled=false"),
+    *(
+        "trainer.epochs=2",
+        "trainer.batch_size=32",
+        "trainer.verbose=0",
+        "trainer.compiled=false",
+        "trainer.steps_per_execution=1",
+    ),
     *("backbone.widths=[8]", "callbacks.tensorboard.image_every=0"),
     *("data.rows=200", "data.validation_rows=64", "data.test_rows=64"),
 )
