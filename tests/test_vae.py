@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from forks import Fork
+from forks import Fork, bare_main
 
 import mdn
 from mdn.backbones import MLP
 from mdn.callbacks.guard import NanGuard
 from mdn.callbacks.tensorboard import TensorBoard
-from mdn.cli.train import main
 from mdn.comparison import Fit
 from mdn.config import compose_config
 from mdn.data.digits import Digits
@@ -35,6 +34,7 @@ TINY = (
     "trainer.epochs=2",
     "trainer.verbose=0",
     "trainer.compiled=false",
+    "trainer.steps_per_execution=1",  # of more, autograph traces a step twice
     "backbone.widths=[8]",
     "model.decoder_widths=[8]",
     "callbacks.tensorboard.image_every=2",
@@ -59,7 +59,7 @@ def make(prior="mixture", latent_size=2, seed=0, **options):
 
 def trained(prior="mixture", latent_size=1, epochs=30, **options):
     model = make(prior, latent_size, **options)
-    model.compile(tf_keras.optimizers.Adam(0.02), jit_compile=False)
+    model.compile(tf_keras.optimizers.Adam(0.02), jit_compile=False, steps_per_execution=1)
     model.fit(images_of(500), batch_size=100, epochs=epochs, verbose=0)
     return model
 
@@ -567,7 +567,7 @@ def test_other_data_are_refused(tmp_path):
 def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path):
     options = (
         *TINY,
-        "trainer.compiled=true",
+        *("trainer.compiled=true", "trainer.steps_per_execution=null"),
         "trainer.deterministic=true",
         "trainer.epochs=12",
         "model.dropout=0.2",
@@ -577,7 +577,7 @@ def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path):
 
     def start(name):
         words = ["train.py", *options, f"output_dir={tmp_path / name}"]
-        return Fork(main, words, log=tmp_path / name)
+        return Fork(bare_main, words, log=tmp_path / name)
 
     killed, whole = start("killed"), start("whole")
     checkpoints = tmp_path / "killed" / "checkpoints"
@@ -602,6 +602,7 @@ def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path):
 @pytest.mark.slow
 def test_compared_fits_are_those_of_runs(tmp_path, bare_runs):
     options = ("trainer.epochs=10", "trainer.compiled=true", "callbacks.early_stopping=null")
+    options += ("trainer.steps_per_execution=null",)
     alone = run(tmp_path / "run", *options)
     config = compose_config([*TINY, *options])
     (elbo,) = Fit(config, [Digits().load()], [0], latent_size=2, prior="mixture").run()
@@ -611,7 +612,7 @@ def test_compared_fits_are_those_of_runs(tmp_path, bare_runs):
 @pytest.mark.slow
 def test_mixture_prior_beats_the_standard_normal(tmp_path):
     words = ["train.py", "experiment=vae_mixture", f"output_dir={tmp_path}/run"]
-    process = Fork(main, words, log=tmp_path / "run")
+    process = Fork(bare_main, words, log=tmp_path / "run")
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert err == ""
