@@ -72,9 +72,9 @@ class OnArrays:
     problem: Problem
     model: TrainedModel
 
-    def train(self, epochs: int) -> None:
-        p = self.problem
-        self.model.fit(p.x, p.y, batch_size=p.workload.batch, epochs=epochs, verbose=0)
+    def train(self, epochs: int, shuffle: bool = True) -> None:
+        p, batch = self.problem, self.problem.workload.batch
+        self.model.fit(p.x, p.y, batch, epochs, verbose=0, shuffle=shuffle)
 
 
 class Ours(OnArrays):
