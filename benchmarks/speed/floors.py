@@ -67,10 +67,10 @@ def _products_step(hidden: str, kernel: str) -> Callable:
         incoming = [x]
         for weight in weights:
             incoming.append(package.einsum(f"{hidden},{kernel}->{out}", incoming[-1], weight))
-        outgoing, new = incoming.pop(), []
+        outgoing, new = incoming.pop(), list(weights)
         for i in reversed(range(len(weights))):
             gradient = package.einsum(f"{hidden},{out}->{kernel}", incoming[i], outgoing)
-            new.insert(0, weights[i] + rate * gradient)
+            new[i] = weights[i] + rate * gradient
             if i:
                 outgoing = package.einsum(f"{out},{kernel}->{hidden}", outgoing, weights[i])
         return [rate, x, *new]

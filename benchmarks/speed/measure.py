@@ -151,9 +151,7 @@ def race(entrants: Sequence[Entrant], repeats: int) -> None:
 
 
 def disagreements(entrants: Sequence[Entrant]) -> list[str]:
-    """Return what shows that entrants did not train the model that they should: nothing, if all
-    is well.
-    """
+    """Return a line for each loss that an entrant should have reached and has not."""
     lines = []
     for entrant in entrants:
         if entrant.expected is None or entrant.found is None:

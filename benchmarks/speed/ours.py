@@ -150,7 +150,7 @@ class Scores(Ours):
         super().__init__(problem)
         self.question = question
 
-    def train(self, epochs: int) -> None:
+    def train(self, epochs: int, shuffle: bool = False) -> None:
         for _ in range(epochs):
             if self.question == "log_prob":
                 self.model.log_prob(self.problem.x, self.problem.y)
@@ -165,7 +165,7 @@ class Forward(Network):
         super().__init__(problem)
         self.program = RowProgram(self.model.call, jit_compile=True)
 
-    def train(self, epochs: int) -> None:
+    def train(self, epochs: int, shuffle: bool = False) -> None:
         for _ in range(epochs):
             for _, outputs in self.program([self.problem.x], self.problem.workload.batch):
                 outputs.numpy()

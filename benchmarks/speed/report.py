@@ -173,20 +173,20 @@ def _losses(results: Results) -> str:
 
 def _differences(races: Mapping[str, Sequence[Entrant]]) -> str:
     """Return the table of the losses after an epoch, as differences to NumPy's."""
-    checked = {name: [e for e in races[name] if e.expected is not None] for name in races}
-    first = next(iter(checked.values()))
-    lines = [["NumPy, float64", *(f"{es[0].expected.epoch:.4f}" for es in checked.values())]]
-    for label in [entrant.label for entrant in first]:
-        cells = []
-        for entrants in checked.values():
-            entrant = next(e for e in entrants if e.label == label)
-            cells.append(
-                "-"
-                if entrant.found is None
-                else f"{entrant.found.epoch - entrant.expected.epoch:+.1e}"
-            )
-        lines.append([label, *cells])
-    return _table(["", *checked], lines)
+    names = list(races)
+    expected = [next(e.expected for e in races[n] if e.expected is not None) for n in names]
+    lines = [["NumPy, float64", *(f"{losses.epoch:.4f}" for losses in expected)]]
+    for first in races[names[0]]:
+        if first.expected is not None:
+            entrants = [_find(races[name], first.key) for name in names]
+            lines.append([first.label, *map(_difference, entrants)])
+    return _table(["", *names], lines)
+
+
+def _difference(entrant: Entrant | None) -> str:
+    if entrant is None or entrant.found is None or entrant.expected is None:
+        return "-"
+    return f"{entrant.found.epoch - entrant.expected.epoch:+.1e}"
 
 
 def _profile(results: Results) -> str:

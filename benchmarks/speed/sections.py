@@ -81,14 +81,11 @@ def profile(workload: Workload) -> dict[str, float]:
 
 def parts(workload: Workload, repeats: int) -> list[Entrant]:
     """Race what a step has to do in any case, alone and compiled by TensorFlow's XLA and JAX's."""
-    entrants = [
-        Entrant(
-            f"{part}-{package}", label, workload, partial(getattr(floors, part), workload, package)
-        )
-        for part, name in (("Products", "the matrix products alone"), ("Adam", "Adam alone"))
-        for package, title in (("tensorflow", "TensorFlow's XLA"), ("jax", "JAX"))
-        for label in [f"{name}, {title}"]
-    ]
+    entrants = []
+    for part, what in ((floors.Products, "the matrix products"), (floors.Adam, "Adam")):
+        for package, compiler in (("tensorflow", "TensorFlow's XLA"), ("jax", "JAX")):
+            key, label = f"{part.__name__}-{package}", f"{what} alone, {compiler}"
+            entrants.append(Entrant(key, label, workload, partial(part, workload, package)))
     race(entrants, repeats)
     return entrants
 
