@@ -20,26 +20,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 gc.set_threshold(50_000, 20, 20)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _answers_by_graphs():
-    """Let models answer by graphs: XLA takes a second or two for each program of each model.
-
-    Yields what makes the programs otherwise. That XLA answers the same, for every head, is tested
-    in `test_inference`; runs in a process of their own take it too.
-    """
-    from mdn.answers import AnsweringModel
-    from mdn.inference import RowProgram
-
-    whole = AnsweringModel.row_program
-    AnsweringModel.row_program = lambda self, function: RowProgram(function, jit_compile=False)
-    yield whole
-    AnsweringModel.row_program = whole
-
-
 @pytest.fixture
-def xla_answers(_answers_by_graphs, monkeypatch):
-    """Let models answer as they do for a user, by XLA."""
-    monkeypatch.setattr("mdn.answers.AnsweringModel.row_program", _answers_by_graphs)
+def xla_answers(monkeypatch):
+    """Let models answer by XLA at once, and not only for many rows."""
+    monkeypatch.setattr("mdn.inference.FEW_BATCHES", 0)
 
 
 @pytest.fixture

@@ -71,6 +71,16 @@ def test_what_passes():
     check_rows({"c": np.array(["a", "b", "c"])}, y)
 
 
+def test_constant_features_pass_also_where_their_mean_is_rounded():
+    constant = np.full(10_741, 0.998)
+    assert constant.std() > 0.0
+    rounded = np.where(np.arange(10_741) % 2, 0.3, 0.1 + 0.2)
+    check_features(np.stack([constant, rounded, constant > 0.0], axis=1))
+    check_features(np.array([[True], [False]]))
+    with pytest.raises(DataError, match="float32 cannot resolve"):
+        check_features(1e9 + np.arange(3.0)[:, np.newaxis])
+
+
 def test_padding_is_not_missing():
     x = np.ones((3, 4, 2))
     x[0, 2:] = NAN

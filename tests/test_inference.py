@@ -9,7 +9,7 @@ from test_heads import make as make_head
 import mdn
 from mdn.density import mixture_of
 from mdn.errors import ConfigError, DataError
-from mdn.inference import MOST_ROWS, SIZES, RowProgram, largest_batch
+from mdn.inference import FEW_BATCHES, MOST_ROWS, SIZES, RowProgram, largest_batch
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=[300, 3])
@@ -59,7 +59,6 @@ def test_xla_answers_as_a_call_does(kind, xla_answers):
         return {"log_prob": density.log_prob(y), "mean": density.mean(), **density.tensors()}
 
     program = model.row_program(answers)
-    assert program._function._jit_compile
     arrays = X[:17].astype(np.float32), GAPS[:17].astype(np.float32)
     expected = answers(*map(tf.constant, arrays))
     parts = list(program(arrays, 16))
@@ -91,7 +90,7 @@ def test_faster_density_of_a_batch_is_the_same():
     )
 
 
-def test_a_program_is_compiled_once_for_each_size():
+def test_a_program_is_traced_once_for_each_size(xla_answers):
     shapes = []
 
     def double(x):
@@ -104,6 +103,30 @@ def test_a_program_is_compiled_once_for_each_size():
         parts = [part["twice"].numpy() for _, part in program([rows], 300)]
         np.testing.assert_array_equal(np.concatenate(parts), 2.0 * rows)
     assert sorted(shapes) == [16, 256, 300]
+
+
+def test_few_batches_are_answered_by_a_graph():
+    traced = []
+
+    def ask(x):
+        traced.append(x.shape[0])
+        return x + 1.0
+
+    def answer(program, rows):
+        before = len(traced)
+        x = np.zeros([rows, 1], np.float32)
+        assert sum(len(part) for _, part in program([x], 100)) == rows
+        return traced[before:]
+
+    program = RowProgram(ask, jit_compile=True)
+    asked = [answer(program, 100) for _ in range(FEW_BATCHES + 2)]
+    assert asked == [[100], *[[]] * (FEW_BATCHES - 1), [100], []]  # by a graph, then by XLA
+    program = RowProgram(ask, jit_compile=True)
+    assert answer(program, 100 * FEW_BATCHES + 116) == [100, 16]
+    assert program._compiled.experimental_get_tracing_count() == 1
+    program = RowProgram(ask, jit_compile=False)
+    assert answer(program, 100 * FEW_BATCHES + 116) == [100, 16]
+    assert program._compiled.experimental_get_tracing_count() == 0
 
 
 def test_batches_are_smaller_for_densities_of_many_parameters():

@@ -10,7 +10,7 @@ from mdn.callbacks.averaging import AveragedWeights
 from mdn.callbacks.stopping import EarlyStopping
 from mdn.errors import ConfigError
 from mdn.optimizers import AdamW
-from mdn.updates import clip_members
+from mdn.updates import clip_members, member_norms
 
 
 def test_only_kernels_decay():
@@ -35,9 +35,11 @@ def test_each_member_is_clipped_by_its_own_norm():
     for gradient in gradients:
         gradient[1] *= 1e-3  # a member that needs no clipping
     pairs = [(tf.constant(g), tf.Variable(g)) for g in gradients]
-    clipped = [gradient.numpy() for gradient, _ in clip_members(pairs, 0.5)]
+    norms = member_norms([gradient for gradient, _ in pairs], 3)
+    clipped = [gradient.numpy() for gradient, _ in clip_members(pairs, norms, 0.5)]
     for m in range(3):
         norm = np.sqrt(sum(np.sum(g[m] ** 2) for g in gradients))
+        assert norms[m].numpy() == pytest.approx(norm, rel=1e-12)
         for before, after in zip(gradients, clipped, strict=True):
             np.testing.assert_allclose(after[m], before[m] * min(1.0, 0.5 / norm), rtol=1e-6)
 

@@ -11,9 +11,6 @@ import tf_keras
 import mdn
 import mdn.data.simulators
 
-# As a user runs it.
-pytestmark = pytest.mark.usefixtures("xla_answers")
-
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 

@@ -20,6 +20,20 @@ class AveragedWeights(tf_keras.callbacks.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._swapped = False
+        self._exchange: Any = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        weights = self.model.trainable_variables
+        averages = self.model.optimizer._model_variables_moving_average
+
+        @tf.function(autograph=False)  # one call of TensorFlow, not three of each weight
+        def exchange() -> None:
+            for weight, average in zip(weights, averages, strict=True):
+                now = tf.identity(weight)
+                weight.assign(average)
+                average.assign(now)
+
+        self._exchange = exchange
 
     def on_test_begin(self, logs: Any = None) -> None:
         if not self._swapped:
@@ -30,9 +44,5 @@ class AveragedWeights(tf_keras.callbacks.Callback):
             self._swap()
 
     def _swap(self) -> None:
-        averages = self.model.optimizer._model_variables_moving_average
-        for weight, average in zip(self.model.trainable_variables, averages, strict=True):
-            now = tf.identity(weight)
-            weight.assign(average)
-            average.assign(now)
+        self._exchange()
         self._swapped = not self._swapped

@@ -85,11 +85,7 @@ def check_targets(
         present = column[~np.isnan(column)]
         if not present.size:
             raise DataError(f"{label} is missing in every row: leave it out of the targets")
-        if float32_step(present) > COARSEST_STEP * present.std() > 0.0:
-            raise DataError(
-                f"{label} varies by {present.std():.3g} around {present.mean():.9g}, which "
-                "float32 cannot resolve: subtract its offset"
-            )
+        _check_resolution(present, label)
         low, high = present.min(), present.max()
         if np.float32(low) == np.float32(high):  # targets are float32 from here on
             raise DataError(
@@ -132,11 +128,22 @@ def check_features(
         _check_feature(x[..., i], label, missing, row, padding)
         present = x[..., i][~np.isnan(x[..., i])]
         # A mapping of columns is centred in float64 and has no such limit.
-        if present.size and float32_step(present) > COARSEST_STEP * present.std() > 0.0:
-            raise DataError(
-                f"{label} varies by {present.std():.3g} around {present.mean():.9g}, which "
-                "float32 cannot resolve: subtract its offset"
-            )
+        if present.size:
+            _check_resolution(present, label)
+
+
+def _check_resolution(values: np.ndarray, label: str) -> None:
+    """Check that float32 tells apart what differs in values [n] by more than float64's rounding.
+
+    Not by the standard deviation alone: that of a constant is 1e-16 where its mean is rounded.
+    """
+    rounding = 16 * np.finfo(np.float64).eps * np.abs(values).max()
+    varies = values.max() > values.min() + rounding
+    if varies and float32_step(values) > COARSEST_STEP * values.std():
+        raise DataError(
+            f"{label} varies by {values.std():.3g} around {values.mean():.9g}, which "
+            "float32 cannot resolve: subtract its offset"
+        )
 
 
 def check_images(images: np.ndarray, pixels: int) -> np.ndarray:
