@@ -15,8 +15,8 @@ from benchmarks.speed.workers import Worker, WorkerError
 from benchmarks.speed.workloads import Workload
 
 # Of a loss, relative to it where it is above one. After an epoch of S, M, L or H the rounding of
-# float32 has changed it by less than a tenth of this, a learning rate that is 1 % off by some
-# twenty times as much. [[CHECK]]
+# float32 has changed it by less than a tenth of this, a learning rate that is 1 % off by more than
+# ten times as much.
 TOLERANCE = 1e-5
 START_ROWS = 2048
 
