@@ -129,8 +129,7 @@ class Stack(Ensemble):
             return self(x, training=False).log_prob(y)
         parts = [model.log_density(x, y, complete) for model in self.models]
         return tf.reduce_logsumexp(
-            [math.log(share) + part for share, part in zip(self.shares, parts, strict=True)],
-            axis=0,
+            [math.log(share) + part for share, part in zip(self.shares, parts, strict=True)], axis=0
         )
 
     def _recalibrated(self, density: Queries) -> Queries:
