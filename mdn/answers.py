@@ -161,7 +161,7 @@ class AnsweringModel(TrainedModel):
         fast: Callable[[], tf.Tensor],
         general: Callable[[], tf.Tensor],
     ) -> tf.Tensor:
-        """Return `fast()` where no entry of y is missing, as far as `complete` leaves that open."""
+        """Return `fast()` if no entry of y is missing; None: look for one."""
         if complete is None:
             return tf.cond(tf.reduce_any(tf.math.is_nan(y)), general, fast)
         return fast() if complete else general()
