@@ -428,9 +428,8 @@ class Ensemble(MDN):
 
     def forward(
         self, x: Any, y: Any, sample_weight: Any, training: bool
-    ) -> tuple[tf.Tensor, Queries]:
+    ) -> tuple[tf.Tensor, Queries | None]:
         hidden, batch = self._members_hidden(x, training)
-        density = self._densities(hidden, batch)  # which XLA leaves out where nothing asks for it
         own, y = self._is_stacked(x), self._jittered(y, training)
         if not own:  # the same rows for all
             y = y[tf.newaxis]
@@ -438,10 +437,10 @@ class Ensemble(MDN):
         filled, counted = self._fill(x, y)  # [M, B] or [M, B, T]; M = 1 where all have the same
         complete = self._loop.complete.get("train" if training else "test", False)
         loss, nll = self._scores(training)
-        if own and complete and loss is losses.nll:
-            score = -self._log_prob(hidden, filled)
-        else:
-            score = loss(filled, density)
+        fast = own and complete and loss is losses.nll
+        asked = not fast or self.compiled_metrics is not None
+        density: Any = self._densities(hidden, batch) if asked else None
+        score = -self._log_prob(hidden, filled) if fast else loss(filled, density)
         means, count = self._means(score, counted, sample_weight)  # [M]
         nlls = means
         if nll is not None:

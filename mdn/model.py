@@ -347,14 +347,15 @@ class MDN(AnsweringModel):
 
     def forward(
         self, x: Any, y: Any, sample_weight: Any, training: bool
-    ) -> tuple[tf.Tensor, Queries]:
+    ) -> tuple[tf.Tensor, Queries | None]:
         y = self._jittered(y, training)
         complete = self._loop.complete.get("train" if training else "test")
         if complete and self._scores(training)[0] is losses.nll:
             y, counted = self._fill(x, y)
             hidden = self._hidden(x, training)
             loss = self._mean(-self.head.log_prob(hidden, y), counted, sample_weight)
-            return loss, self.head(hidden)  # which XLA leaves out where no metric asks for it
+            # Without metrics nobody asks for the density, which takes long to trace.
+            return loss, None if self.compiled_metrics is None else self.head(hidden)
         density = self(x, training=training)
         return self.compute_loss(x, y, density, sample_weight, training), density
 

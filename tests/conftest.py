@@ -20,8 +20,35 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 gc.set_threshold(50_000, 20, 20)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _answers_step_by_step():
+    """Let models answer few rows step by step: to trace a graph takes longer.
+
+    But in bfloat16, whose roundings are those of a graph. Yields what makes programs otherwise.
+    """
+    import tensorflow as tf
+
+    from mdn.answers import AnsweringModel
+
+    def row_program(model, function):
+        program = whole(model, function)
+        if tf.as_dtype(model.backbone.compute_dtype or model.dtype).size >= 4:
+            program._graph = function
+        return program
+
+    whole, AnsweringModel.row_program = AnsweringModel.row_program, row_program
+    yield whole
+    AnsweringModel.row_program = whole
+
+
 @pytest.fixture
-def xla_answers(monkeypatch):
+def graph_answers(_answers_step_by_step, monkeypatch):
+    """Let models answer as they do for a user: few rows by a graph, and many by XLA."""
+    monkeypatch.setattr("mdn.answers.AnsweringModel.row_program", _answers_step_by_step)
+
+
+@pytest.fixture
+def xla_answers(graph_answers, monkeypatch):
     """Let models answer by XLA at once, and not only for many rows."""
     monkeypatch.setattr("mdn.inference.FEW_BATCHES", 0)
 

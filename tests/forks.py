@@ -16,6 +16,18 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["mdn.cli.main", "mdn.cli.train", "mdn.training"])
 
 
+def bare_main() -> None:
+    """Train as `train.py` does, but draw and export nothing."""
+    from mdn import tasks
+    from mdn.cli.train import main
+
+    for name in ("save_plots", "save_vae_plots", "write_figures"):
+        setattr(tasks, name, lambda *args, **kwargs: None)
+    for task in (tasks.DensityTask, tasks.VAETask):
+        task.export = lambda *args, **kwargs: None
+    main()
+
+
 class Fork:
     """A command in a process of its own, with the methods of `subprocess.Popen` that tests use.
 

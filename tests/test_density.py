@@ -100,8 +100,8 @@ def test_many_rows_under_one_density(batch, missing):
         y[:10, ..., 1] = np.nan
     for density in all_densities(rng, batch, 2, 3):
         each = density if not batch else density[0]
-        rows = [each[np.newaxis] for _ in y]
-        parameters = [np.repeat(p.numpy(), 30, axis=0) for p in rows[0].mixture_parameters()]
+        one = each[np.newaxis].mixture_parameters()
+        parameters = [np.repeat(p.numpy(), 30, axis=0) for p in one]
         expected = [
             scipy_log_prob(*row) for row in zip(*parameters, y.reshape(30, 3), strict=True)
         ]

@@ -59,19 +59,19 @@ def test_every_head_has_a_case():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
 @pytest.mark.parametrize(("d", "k"), [(1, 1), (1, 4), (2, 3), (5, 2)])
 @pytest.mark.parametrize("positivity", ["softplus", "exp", "elu"])
-def test_parameters_round_trip(kind, leading, d, k, positivity):
+def test_parameters_round_trip(kind, d, k, positivity):
     head = make(kind, d, k, positivity=positivity, dtype="float64")
     head.adapt(multimodal(200, d))
     assert head.params_size == KINDS[kind][1](k, d)
-    params = np.random.default_rng(1).normal(size=[*leading, head.params_size])
-    density = head.distribution(tf.constant(params))
-    assert isinstance(density, KINDS[kind][0])
-    assert density.batch_shape == leading
-    assert density.event_shape == [d]
-    np.testing.assert_allclose(head.parameters(density), params, rtol=1e-8, atol=1e-8)
+    for leading in [(), (5,), (2, 3)]:
+        params = np.random.default_rng(1).normal(size=[*leading, head.params_size])
+        density = head.distribution(tf.constant(params))
+        assert isinstance(density, KINDS[kind][0])
+        assert density.batch_shape == leading
+        assert density.event_shape == [d]
+        np.testing.assert_allclose(head.parameters(density), params, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", KINDS)

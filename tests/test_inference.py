@@ -11,6 +11,8 @@ from mdn.density import mixture_of
 from mdn.errors import ConfigError, DataError
 from mdn.inference import FEW_BATCHES, MOST_ROWS, SIZES, RowProgram, largest_batch
 
+pytestmark = pytest.mark.usefixtures("graph_answers")
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=[300, 3])
 Y = X[:, :2] * 5.0 + RNG.normal(size=[300, 2])

@@ -279,7 +279,9 @@ def test_a_recalibrated_stack_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["error", "indicator"])
-def test_a_missing_number_that_no_train_row_lacked_is_the_same_everywhere(missing, tmp_path):
+def test_a_missing_number_that_no_train_row_lacked_is_the_same_everywhere(
+    missing, tmp_path, graph_answers
+):
     """Without indicators its row has no answer, with them it has that of the mean."""
     columns = {"a": (X if missing == "error" else MISSING)[:, 0], "b": X[:, 1]}
     head, backbone = heads.Mixture(2, 2, background=0.01), backbones.MLP([8], activation="relu")

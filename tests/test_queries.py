@@ -87,9 +87,21 @@ def test_responsibilities_are_bayes_rule(densities):
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_modes_are_the_maxima_that_an_optimiser_finds(d):
     rng = np.random.default_rng(d)
+
+    @tf.function(autograph=False)
+    def program(y, *parameters):
+        with tf.GradientTape() as tape:
+            tape.watch(y)
+            value = -mdn.GaussianMixture(*parameters).log_prob(y)
+        return value, tape.gradient(value, y)
+
+    def find_modes(*parameters):
+        return mdn.GaussianMixture(*parameters).modes()
+
+    find = tf.function(find_modes, autograph=False)
     for _ in range(4):
         density = random_mixture(rng, [], 4, d)
-        modes = density.modes()
+        modes = find(*density.mixture_parameters())
         mask = modes.mask.numpy()
         assert mask[0]
         assert (np.diff(modes.log_prob.numpy()) <= 1e-12).all()
@@ -99,11 +111,8 @@ def test_modes_are_the_maxima_that_an_optimiser_finds(d):
         assert apart.min() > 1e-3
 
         def loss(y, density=density):
-            y = tf.constant(y)
-            with tf.GradientTape() as tape:
-                tape.watch(y)
-                value = -density.log_prob(y)
-            return value.numpy(), tape.gradient(value, y).numpy()
+            value, gradient = program(tf.constant(y), *density.mixture_parameters())
+            return value.numpy(), gradient.numpy()
 
         for start in density.loc.numpy():
             end = optimize.minimize(loss, start, jac=True, tol=1e-10).x
@@ -134,6 +143,7 @@ def test_mode_of_a_normal_is_its_mean_and_its_gradient_the_implicit_one(densitie
     one = random_mixture(np.random.default_rng(3), [], 3, 2)
     parameters = list(one.mixture_parameters())
 
+    @tf.function(autograph=False)
     def mode(*parameters):
         return mdn.GaussianMixture(*parameters).mode()
 
@@ -195,6 +205,7 @@ def test_gradient_of_a_region_is_that_of_finite_differences():
     density = line(np.random.default_rng(5), [2], 3, spread=4.0)
     parameters = [*density.mixture_parameters(), tf.constant(0.7, tf.float64)]
 
+    @tf.function(autograph=False)
     def ends(logits, loc, scale, level):
         region = mdn.GaussianMixture(logits, loc, scale).hdr(level)
         ends = tf.where(region.mask[..., None], region.intervals, tf.zeros_like(region.intervals))
@@ -437,9 +448,9 @@ ANSWERS = {
     "log_prob": lambda d, y: d.log_prob(y),
     "correlation": lambda d, y: d.correlation(),
     "kurtosis": lambda d, y: d.kurtosis(),
-    "marginal": lambda d, y: d.marginal([2, 0]).log_prob(y[..., :2]),
+    "marginal": lambda d, y: d.marginal([1, 0]).log_prob(y),
     "condition": lambda d, y: d.condition({1: y[..., 1]}).mean(),
-    "linear": lambda d, y: d.linear(np.ones([1, 3])).stddev(),
+    "linear": lambda d, y: d.linear(np.ones([1, 2])).stddev(),
     "cdf": lambda d, y: d.cdf(y),
     "quantile": lambda d, y: d.quantile(0.3),
     "hdr": lambda d, y: d.marginal(0).hdr(0.5).log_threshold,
@@ -465,8 +476,8 @@ OWN = ("log_prob", "correlation", "marginal", "condition", "sample", "responsibi
 def test_all_in_one_program_of_xla_with_gradients(i):
     """The batch size is not known to the program, and float32 is near float64."""
     chosen = {name: ANSWERS[name] for name in (ANSWERS if i == 0 else OWN)}
-    density = all_densities(np.random.default_rng(14), [4], 3, 3)[i]
-    y = np.random.default_rng(15).normal(size=[4, 3])
+    density = all_densities(np.random.default_rng(14), [4], 3, 2)[i]
+    y = np.random.default_rng(15).normal(size=[4, 2])
     kind, names = type(density), list(density.tensors())
 
     @tf.function(jit_compile=True, autograph=False, reduce_retracing=True)
@@ -481,7 +492,7 @@ def test_all_in_one_program_of_xla_with_gradients(i):
     signature = [
         tf.TensorSpec([None, *t.shape[1:]], tf.float32) for t in density.tensors().values()
     ]
-    program = answers.get_concrete_function(tf.TensorSpec([None, 3], tf.float32), *signature)
+    program = answers.get_concrete_function(tf.TensorSpec([None, 2], tf.float32), *signature)
     single = [tf.cast(t, tf.float32) for t in (y, *density.tensors().values())]
     found, gradients = program(*single)
     for name, answer in chosen.items():

@@ -1,9 +1,11 @@
 """`MDNRegressor`: scikit-learn's own checks, and what they do not ask."""
 
+import functools
 import pickle  # noqa: TID251
 import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mdn
 from mdn import MDNRegressor
+from mdn.selection import choose
 
 # One worker for all: the models of one shape share a compiled loop.
 pytestmark = pytest.mark.xdist_group("regressor")
@@ -33,9 +36,14 @@ TINY = {
 WHOLE = {"components": 2, "widths": (16,), "steps": 400, "batch_size": 64}
 
 
-@parametrize_with_checks([MDNRegressor(**TINY)])
+@parametrize_with_checks([MDNRegressor(**TINY | {"steps": 5})])
 def test_scikit_learn_finds_an_estimator(estimator, check, monkeypatch):
+    """Step by step: the checks have rows of dozens of shapes, and XLA a program for each."""
     monkeypatch.setenv("SCIPY_ARRAY_API", "1")  # without which one check is skipped
+    for kind in (mdn.MDN, mdn.Ensemble):
+        eager = functools.partialmethod(kind.compile, run_eagerly=True)
+        monkeypatch.setattr(kind, "compile", eager)
+    monkeypatch.setattr("mdn.shared_loop._loops", OrderedDict())
     check(estimator)
 
 
@@ -244,7 +252,9 @@ def test_missing_features_and_positive_targets(line):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("members", [1, 2])
-def test_number_of_components_by_held_out_rows(members):
+def test_number_of_components_by_held_out_rows(members, monkeypatch):
+    few = functools.partial(choose, candidates=(1, 2, 3))
+    monkeypatch.setattr("mdn.regressor.choose", few)
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, size=(1500, 1))
     y = rng.choice([-1.0, 1.0], size=1500) + 0.1 * rng.normal(size=1500)

@@ -14,14 +14,17 @@ from test_density import all_densities
 import mdn
 
 TYPES = ("tril", "diag", "low_rank", "precision_tril")
-PROPERTY = settings(max_examples=15, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=10, deadline=None, derandomize=True)
 
 
 @st.composite
 def densities(draw, types=TYPES, extreme=False):
-    """Draw a mixture: batch [], [B] or [B, T], D from 1 to 6, K from 1 to 7."""
+    """Draw a mixture: batch [], [B] or [B, T], D from 1 to 6, K from 1 to 7.
+
+    Not each of these numbers, as each K has a program of its own.
+    """
     batch = draw(st.sampled_from([(), (3,), (2, 3)]))
-    d, k = draw(st.integers(1, 6)), draw(st.integers(1, 7))
+    d, k = draw(st.sampled_from([1, 2, 3, 6])), draw(st.sampled_from([1, 2, 7]))
     dtype = draw(st.sampled_from([np.float32, np.float64]))
     kind = draw(st.sampled_from(types))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))

@@ -91,6 +91,7 @@ def test_quantile_gradients_are_those_of_finite_differences():
     values = [density.logits, density.loc, density.scale_tril[..., 0, 0]]
     levels = tf.constant([0.01, 0.3, 0.97], tf.float64)
 
+    @tf.function(autograph=False)
     def quantile(logits, loc, scale, levels):
         scale = scale[..., tf.newaxis, tf.newaxis]
         return mdn.GaussianMixture(logits, loc, scale).quantile(levels)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ import tf_keras
 # Python is visited at least this often, for the progress bar and the check for NaN.
 MOST_STEPS = 500
 CHUNK_BYTES = 64 * 2**20
+
+# Nothing in these functions is for autograph, which takes as long to find that out as to trace.
+_as_it_is = tf.autograph.experimental.do_not_convert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +44,12 @@ class Batches:
 
     def unstacked(self) -> tf.data.Dataset:
         """Return the batches one by one, for Keras's own loop."""
-        return self.chunks.flat_map(
-            lambda batches, steps: tf.data.Dataset.from_tensor_slices(batches).take(
-                tf.cast(steps, tf.int64)
-            )
-        )
+
+        @_as_it_is
+        def take(batches: tuple[tf.Tensor, ...], steps: tf.Tensor) -> tf.data.Dataset:
+            return tf.data.Dataset.from_tensor_slices(batches).take(tf.cast(steps, tf.int64))
+
+        return self.chunks.flat_map(take)
 
 
 def training_batches(
@@ -89,6 +94,7 @@ def training_batches(
     tensors = _with_filler(arrays)
     own = [None] if members is None else [tf.constant(rows, tf.int32) for rows in members]
 
+    @_as_it_is
     def order(epoch: tf.Tensor) -> tf.data.Dataset:
         orders = []
         for m, rows in enumerate(own):
@@ -106,7 +112,7 @@ def training_batches(
         return tf.data.Dataset.from_tensor_slices(chunks)
 
     chunks = tf.data.Dataset.counter(first_epoch).flat_map(order)
-    chunks = chunks.map(lambda rows, real: (tuple(tf.gather(t, rows) for t in tensors), real))
+    chunks = chunks.map(_gather(tensors))
     return Batches(untuned(chunks.prefetch(1)), steps, chunk, complete)
 
 
@@ -137,7 +143,7 @@ def evaluation_batches(
     orders = [tf.constant(rows, tf.int32) for rows in own]
     order = _chunked(orders, filler, batch_size, chunk, members is not None)
     chunks = tf.data.Dataset.from_tensor_slices(order)
-    chunks = chunks.map(lambda rows, real: (tuple(tf.gather(t, rows) for t in tensors), real))
+    chunks = chunks.map(_gather(tensors))
     return Batches(untuned(chunks.cache().prefetch(1)), steps, chunk, complete)
 
 
@@ -181,6 +187,16 @@ def _with_filler(arrays: tuple[np.ndarray, ...]) -> tuple[tf.Tensor, ...]:
     return tuple(tensors)
 
 
+def _gather(tensors: tuple[tf.Tensor, ...]) -> Callable:
+    """Return a function of chunks of row numbers to those rows of the tensors."""
+
+    @_as_it_is
+    def gather(rows: tf.Tensor, real: tf.Tensor) -> tuple[tuple[tf.Tensor, ...], tf.Tensor]:
+        return tuple(tf.gather(t, rows) for t in tensors), real
+
+    return gather
+
+
 def _chunked(
     orders: list[tf.Tensor], filler: int, batch_size: int, chunk: int, stacked: bool
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -215,9 +231,11 @@ def stack(
     chunk = min(chunk or chunk_size(steps, batch_size * bytes_), steps)
     last = steps - chunk * (math.ceil(steps / chunk) - 1)
 
+    @_as_it_is
     def fill_rows(*element: tf.Tensor) -> tuple[tf.Tensor, ...]:
         return tuple(_fill(t, f, batch_size) for t, f in zip(element, filler, strict=True))
 
+    @_as_it_is
     def fill_steps(*element: tf.Tensor) -> tuple[tuple[tf.Tensor, ...], tf.Tensor]:
         real = tf.shape(element[0])[0]
         return tuple(_fill(t, f, chunk) for t, f in zip(element, filler, strict=True)), real

@@ -112,6 +112,31 @@ class GaussianMixture(Queries, tfd.MixtureSameFamily):
         joint = components.log_prob(y[..., tf.newaxis, :], complete=complete)  # [.., K]
         return tf.reduce_logsumexp(joint + tf.nn.log_softmax(self.logits), axis=-1)
 
+    # The moments by the law of total variance. TFP's own take hundreds of operations to find the
+    # shapes of a batch that is not static; here the arithmetic broadcasts.
+
+    def _weights(self) -> tf.Tensor:
+        """Return the weights, [.., K, 1]."""
+        return tf.nn.softmax(self.logits)[..., tf.newaxis]
+
+    def _mean(self) -> tf.Tensor:
+        return tf.reduce_sum(self._weights() * self.components_distribution.mean(), axis=-2)
+
+    def _variance(self) -> tf.Tensor:
+        weights, components = self._weights(), self.components_distribution
+        loc, variance = components.mean(), components.variance()  # [.., K, D]
+        mean = tf.reduce_sum(weights * loc, axis=-2, keepdims=True)
+        return tf.reduce_sum(weights * (variance + tf.square(loc - mean)), axis=-2)
+
+    def _covariance(self) -> tf.Tensor:
+        weights, components = self._weights(), self.components_distribution
+        loc = components.mean()  # [.., K, D]
+        residual = loc - tf.reduce_sum(weights * loc, axis=-2, keepdims=True)
+        spread = residual[..., tf.newaxis] * residual[..., tf.newaxis, :]
+        return tf.reduce_sum(
+            weights[..., tf.newaxis] * (components.covariance() + spread), axis=-3
+        )
+
     @property
     def logits(self) -> tf.Tensor:
         """[.., K], unnormalised log weights."""

@@ -100,12 +100,22 @@ class _Mixture:
         self.inverse = tf.linalg.triangular_solve(self.scale_tril, eye)  # [.., K, D, D]
         self.log_height = tf.nn.log_softmax(self.logits) + _log_peak(self.scale_tril)
 
-    def field(self, x: tf.Tensor) -> _Field:
-        """Return what the mixture is like at x [.., S, D]."""
+    def joint(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the weighted log densities at x [.., S, D], [.., S, K], and z [.., S, K, D]."""
         inverse = self.inverse[..., tf.newaxis, :, :, :]  # [.., 1, K, D, D]
         away = self.loc[..., tf.newaxis, :, :] - x[..., tf.newaxis, :]  # [.., S, K, D]
         z = tf.linalg.matvec(inverse, away)
-        joint = self.log_height[..., tf.newaxis, :] - 0.5 * tf.reduce_sum(tf.square(z), axis=-1)
+        height = self.log_height[..., tf.newaxis, :]
+        return height - 0.5 * tf.reduce_sum(tf.square(z), axis=-1), z
+
+    def log_prob(self, x: tf.Tensor) -> tf.Tensor:
+        """Return the log density at x [.., S, D], [.., S]."""
+        return tf.reduce_logsumexp(self.joint(x)[0], axis=-1)
+
+    def field(self, x: tf.Tensor) -> _Field:
+        """Return what the mixture is like at x [.., S, D]."""
+        inverse = self.inverse[..., tf.newaxis, :, :, :]  # [.., 1, K, D, D]
+        joint, z = self.joint(x)
         share = tf.nn.softmax(joint)  # [.., S, K]
         pulls = tf.linalg.matvec(inverse, z, transpose_a=True)  # P_k^-1 (m_k - x)
         gradient = tf.reduce_sum(share[..., tf.newaxis] * pulls, axis=-2)
@@ -157,7 +167,7 @@ def _climb(mixture: _Mixture) -> tf.Tensor:
         # Not beyond where the curvature may be trusted.
         trusted = length(at.factor, curved) <= tf.maximum(length(at.factor, plain), 1.0)
         curved = tf.where(trusted[..., tf.newaxis], curved, plain)
-        better = mixture.field(x + curved).log_prob >= mixture.field(x + plain).log_prob
+        better = mixture.log_prob(x + curved) >= mixture.log_prob(x + plain)
         step = tf.where(better[..., tf.newaxis], curved, plain)
         small = length(at.factor, step) < epsilon**0.75
         small |= tf.reduce_all(tf.abs(step) <= 2.0 * epsilon * tf.abs(x), axis=-1)

@@ -30,6 +30,20 @@ class MultivariateNormalDiag(Queries, tfd.MultivariateNormalDiag):
         check_event(y, self.loc.shape[-1])
         return diag_log_prob(y, self.loc, self.scale_diag)
 
+    # Zeros of the other parameter give each moment the batch of both.
+
+    def _mean(self) -> tf.Tensor:
+        return self.loc + tf.zeros_like(self.scale_diag)
+
+    def _stddev(self) -> tf.Tensor:
+        return tf.abs(self.scale_diag) + tf.zeros_like(self.loc)
+
+    def _variance(self) -> tf.Tensor:
+        return tf.square(self._stddev())
+
+    def _covariance(self) -> tf.Tensor:
+        return tf.linalg.diag(self._variance())
+
     @property
     def scale_diag(self) -> tf.Tensor:
         """[.., D], the standard deviations."""
@@ -59,6 +73,23 @@ class MultivariateNormalTriL(Queries, tfd.MultivariateNormalTriL):
     def _log_prob(self, y: tf.Tensor, complete: bool = False) -> tf.Tensor:
         check_event(y, self.loc.shape[-1])
         return tril_log_prob(y, self.loc, self.scale_tril, complete)
+
+    # Zeros of the other parameter give each moment the batch of both.
+
+    def _mean(self) -> tf.Tensor:
+        return self.loc + tf.zeros_like(self.scale_tril[..., 0])
+
+    def _variance(self) -> tf.Tensor:
+        rows = tf.linalg.band_part(self.scale_tril, -1, 0)
+        return tf.reduce_sum(tf.square(rows), axis=-1) + tf.zeros_like(self.loc)
+
+    def _stddev(self) -> tf.Tensor:
+        return tf.sqrt(self._variance())
+
+    def _covariance(self) -> tf.Tensor:
+        factor = tf.linalg.band_part(self.scale_tril, -1, 0)
+        covariance = tf.linalg.matmul(factor, factor, transpose_b=True)
+        return covariance + tf.zeros_like(self.loc)[..., tf.newaxis]
 
     def mixture_parameters(self) -> MixtureParameters:
         return one_component(self.loc, self.scale_tril)

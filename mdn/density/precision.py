@@ -182,6 +182,9 @@ class MultivariateNormalPrecision(Queries, tfd.MultivariateNormalLinearOperator)
         check_event(y, self.loc.shape[-1])
         return precision_log_prob(y, self.loc, self.precision_tril, complete)
 
+    def _mean(self) -> tf.Tensor:
+        return self.loc + tf.zeros_like(self.precision_tril[..., 0])
+
     def _variance(self) -> tf.Tensor:
         variance = tf.reduce_sum(tf.square(self.scale_tril), axis=-1)
         return variance + tf.zeros_like(self.loc)

@@ -11,10 +11,9 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
-from tensorflow_probability.python.internal import special_math
 
 from mdn.density.parameters import MixtureParameters
-from mdn.density.univariate import Margins
+from mdn.density.univariate import Margins, ndtr
 
 _NODES = 64  # of the Gauss-Hermite rule, exact for polynomials of degree 127
 
@@ -176,7 +175,7 @@ def crps(margins: Margins, bijector: tfb.Bijector, y: tf.Tensor, u: tf.Tensor) -
     def height(u: tf.Tensor) -> tf.Tensor:
         """Return F^2 to the left of y, and (1 - F)^2 to the right: [P, .., D]."""
         z = (u[..., tf.newaxis] - margins.loc) / margins.scale
-        tails = special_math.ndtr(sign[..., tf.newaxis] * z)
+        tails = ndtr(sign[..., tf.newaxis] * z)
         return tf.square(tf.reduce_sum(tf.exp(margins.log_weight) * tails, axis=-1))
 
     middle = height(centre)
@@ -188,8 +187,7 @@ def crps(margins: Margins, bijector: tfb.Bijector, y: tf.Tensor, u: tf.Tensor) -
     fixed = tf.stop_gradient(y)
     outside = tf.nn.relu(values[0] - fixed) + tf.nn.relu(fixed - values[-1])
     cumulative = tf.reduce_sum(
-        tf.exp(margins.log_weight)
-        * special_math.ndtr((at[..., tf.newaxis] - margins.loc) / margins.scale),
+        tf.exp(margins.log_weight) * ndtr((at[..., tf.newaxis] - margins.loc) / margins.scale),
         axis=-1,
     )
     moved = (2.0 * tf.stop_gradient(cumulative) - 1.0) * (y - fixed)  # zero, but for its gradient

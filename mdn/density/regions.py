@@ -59,7 +59,9 @@ def line_region(parameters: MixtureParameters, level: tf.Tensor) -> Region:
     level = tf.cast(level, tf.float64) + tf.zeros_like(parameters.logits[..., 0])
     frozen = MixtureParameters(*(tf.stop_gradient(t) for t in parameters))
     search = _program(parameters.logits.shape.rank, parameters.logits.shape[-1])
-    log_threshold, low, high = search(frozen, tf.stop_gradient(level))
+    # Without gradients on the way out too: the program would be derived for nothing.
+    found = search(frozen, tf.stop_gradient(level))
+    log_threshold, low, high = (tf.stop_gradient(t) for t in found)
     mask = tf.math.is_finite(low) & tf.math.is_finite(high)
     log_threshold, low, high = _attach(_Line(parameters), level, log_threshold, low, high, mask)
     intervals = tf.stack([low, high], axis=-1)
@@ -138,6 +140,7 @@ def _line_region(
     inner = tf.concat([mode, mode], axis=-1)
     log_outer, log_inner = line.log_density(outer), line.log_density(inner)
 
+    @tf.function(autograph=False)  # asked at four places, and traced at one
     def boundaries(log_threshold: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Return where the density passes the threshold, [.., 2 K], and where it does so."""
         target = log_threshold[..., tf.newaxis]

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import tensorflow as tf
-from tensorflow_probability.python.internal import special_math
 
 from mdn.density.gaussian import whiten_observed
 from mdn.density.parameters import MixtureParameters, broadcast
+from mdn.density.univariate import ndtr
 
 # Standard deviations beyond which the square is no float32.
 _FARTHEST = 1e17
@@ -49,7 +49,7 @@ def pit(parameters: MixtureParameters, y: tf.Tensor) -> tf.Tensor:
     before = tf.cumsum(terms, axis=-1, exclusive=True)  # [.., K, D]
     log_weight = tf.nn.log_softmax(logits)[..., tf.newaxis]
     weight = tf.nn.softmax(log_weight + before, axis=-2)
-    found = tf.minimum(tf.reduce_sum(weight * special_math.ndtr(z), axis=-2), 1.0)
+    found = tf.minimum(tf.reduce_sum(weight * ndtr(z), axis=-2), 1.0)
     return tf.where(missing[..., 0, :], tf.constant(float("nan"), found.dtype), found)
 
 

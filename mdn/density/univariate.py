@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
-from tensorflow_probability.python.internal import special_math
 
 from mdn.density.gaussian import LOG_2_PI
 from mdn.density.parameters import MixtureParameters
@@ -73,12 +71,12 @@ def log_density(margins: Margins, y: tf.Tensor) -> tf.Tensor:
 
 def cdf(margins: Margins, y: tf.Tensor) -> tf.Tensor:
     """Return P(Y_d <= y_d), [.., D], of y [.., D]; NaN where y is."""
-    return _mix(margins, special_math.ndtr(_standard(margins, y)))
+    return _mix(margins, ndtr(_standard(margins, y)))
 
 
 def survival(margins: Margins, y: tf.Tensor) -> tf.Tensor:
     """Return P(Y_d > y_d), [.., D], of y [.., D]; NaN where y is."""
-    return _mix(margins, special_math.ndtr(-_standard(margins, y)))
+    return _mix(margins, ndtr(-_standard(margins, y)))
 
 
 def quantile(margins: Margins, probability: tf.Tensor) -> tf.Tensor:
@@ -106,12 +104,12 @@ def quantile(margins: Margins, probability: tf.Tensor) -> tf.Tensor:
     frozen = Margins(*(tf.stop_gradient(part) for part in margins))
     y = tf.stop_gradient(search(frozen, tf.stop_gradient(safe)))
     # y as a function of p and of the parameters: one step of Newton's, whose value is zero.
-    lower = safe <= 0.5
-    tail = tf.where(lower, log_cdf(margins, y), log_survival(margins, y))
-    target = tf.where(lower, tf.math.log(safe), tf.math.log1p(-safe))
+    sign = tf.where(safe <= 0.5, tf.ones_like(safe), -tf.ones_like(safe))  # of the nearer tail
+    tail = _log_tail(margins, sign[..., tf.newaxis] * _standard(margins, y))
+    target = tf.where(safe <= 0.5, tf.math.log(safe), tf.math.log1p(-safe))
     # Where nothing is between components far apart, the slope has no bound.
     slope = tf.exp(tf.minimum(tail - log_density(margins, y), 60.0))
-    step = tf.where(lower, target - tail, tail - target) * tf.stop_gradient(slope)
+    step = sign * (target - tail) * tf.stop_gradient(slope)
     y += step - tf.stop_gradient(step)
     edge = tf.where(p == 0.0, tf.constant(-math.inf, dtype), tf.constant(math.inf, dtype))
     outside = tf.where((p == 0.0) | (p == 1.0), edge, tf.constant(math.nan, dtype))
@@ -224,7 +222,7 @@ def _log_tail(margins: Margins, z: tf.Tensor) -> tf.Tensor:
     """Return the log of the mixture of Phi(z), [.., D], of z [.., D, K]."""
     small = _log_mix(margins, log_ndtr(z))
     # Near one a log is as small as the other tail, and has its digits from there.
-    other = tf.minimum(_mix(margins, special_math.ndtr(-z)), 0.5)
+    other = tf.minimum(_mix(margins, ndtr(-z)), 0.5)
     return tf.where(small > -math.log(2.0), tf.math.log1p(-other), small)
 
 
@@ -232,7 +230,26 @@ def _log_mix(margins: Margins, values: tf.Tensor) -> tf.Tensor:
     return tf.reduce_logsumexp(margins.log_weight + values, axis=-1)
 
 
+def ndtr(x: tf.Tensor) -> tf.Tensor:
+    """Return Phi(x), with its digits in both tails."""
+    return 0.5 * tf.math.erfc(-math.sqrt(0.5) * x)
+
+
 def log_ndtr(x: tf.Tensor) -> tf.Tensor:
     """Return log Phi(x), with its digits in both tails: TFP's own has none of them near zero."""
-    tail = tfp.math.logerfc(math.sqrt(0.5) * tf.abs(x)) - math.log(2.0)  # log Phi(-|x|)
+    distance = tf.abs(x)
+    # Far out, where erfc underflows, by the asymptotic series, whose first term left out is below
+    # the rounding of the dtype from here on.
+    far = tf.constant(20.0 if x.dtype == tf.float64 else 10.0, x.dtype)
+    close = tf.math.log(0.5 * tf.math.erfc(math.sqrt(0.5) * tf.minimum(distance, far)))
+    beyond = tf.maximum(distance, far)
+    squared = tf.square(beyond)
+    series = tf.zeros_like(x)
+    for odd in (11.0, 9.0, 7.0, 5.0, 3.0, 1.0):
+        series = -odd * (1.0 + series) / squared
+    tail = tf.where(
+        distance < far,
+        close,
+        tf.math.log1p(series) - 0.5 * (squared + LOG_2_PI) - tf.math.log(beyond),
+    )  # log Phi(-|x|)
     return tf.where(x > 0.0, tf.math.log1p(-tf.exp(tail)), tail)

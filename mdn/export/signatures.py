@@ -105,7 +105,9 @@ def signatures(model: MDN, features: Any) -> tuple[dict[str, Any], dict[str, str
         return {"quantile": density(x).quantile(p)}
 
     def interval(x: Any, level: tf.Tensor) -> dict[str, tf.Tensor]:
-        lower, upper = tf.unstack(density(x).interval(level), axis=-1)
+        tail = 0.5 * (1.0 - level)
+        ends = found["quantile"](x, tf.stack([tail, 1.0 - tail]))["quantile"]
+        lower, upper = tf.unstack(tf.ensure_shape(ends, [2, *ends.shape[1:]]))
         return {"lower": lower, "upper": upper}
 
     def sample(x: Any, n: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -127,7 +129,9 @@ def signatures(model: MDN, features: Any) -> tuple[dict[str, Any], dict[str, str
         "log_prob": _trace(log_prob, features, y),
         "cdf": _trace(cdf, features, y),
         "quantile": _trace(quantile, features, p),
-        "interval": _trace(interval, features, level),
+    }
+    found |= {
+        "interval": _trace(interval, features, level),  # which asks for quantiles
         "sample": _trace(sample, features, *draws),
     }
     left_out = {}
