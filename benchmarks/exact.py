@@ -17,16 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
+from tensorflow_probability import distributions as tfd
 
-from mdn.cli.quiet import import_tensorflow
-
-import_tensorflow()
-
-import tensorflow as tf  # noqa: E402
-from tensorflow_probability import distributions as tfd  # noqa: E402
-
-import mdn  # noqa: E402
-from benchmarks.speed.measure import Spread  # noqa: E402
+import mdn
+from benchmarks.speed.measure import Spread
 
 LEVELS = np.linspace(0.1, 0.9, 9, dtype=np.float32)
 

@@ -154,6 +154,18 @@ class AnsweringModel(TrainedModel):
         """
         return self(x, training=False).log_prob(y)
 
+    @staticmethod
+    def _where_complete(
+        y: tf.Tensor,
+        complete: bool | None,
+        fast: Callable[[], tf.Tensor],
+        general: Callable[[], tf.Tensor],
+    ) -> tf.Tensor:
+        """Return `fast()` if no entry of y is missing; None: look for one."""
+        if complete is None:
+            return tf.cond(tf.reduce_any(tf.math.is_nan(y)), general, fast)
+        return fast() if complete else general()
+
     def predict(
         self, x: Any, batch_size: int | None = None, verbose: Any = "auto", **kwargs: Any
     ) -> np.ndarray:

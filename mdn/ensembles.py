@@ -218,7 +218,18 @@ class Ensemble(MDN):
         return not isinstance(x, dict) and x.shape.rank == (self._feature_rank or 2) + 1
 
     def log_density(self, x: Any, y: tf.Tensor, complete: bool | None = None) -> tf.Tensor:
-        return self(x, training=False).log_prob(y)
+        self._check_adapted()
+        hidden, batch = self._members_hidden(x, training=False)
+
+        def fast() -> tf.Tensor:
+            rows = tf.repeat(y[tf.newaxis], self.members, axis=0)
+            mixed = tf.reduce_logsumexp(self._log_prob(hidden, rows), axis=0)
+            return mixed - math.log(self.members)
+
+        def general() -> tf.Tensor:
+            return mixture_of(self._densities(hidden, batch)).log_prob(y)
+
+        return self._where_complete(y, complete, fast, general)
 
     # ------------------------------------------------------------------ answers for many rows
 

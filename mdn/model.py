@@ -362,16 +362,12 @@ class MDN(AnsweringModel):
     def log_density(self, x: Any, y: tf.Tensor, complete: bool | None = None) -> tf.Tensor:
         self._check_adapted()
         hidden = self._hidden(x, training=False)
-
-        def fast() -> tf.Tensor:
-            return self.head.log_prob(hidden, y)
-
-        def any_missing() -> tf.Tensor:
-            return self.head(hidden).log_prob(y)
-
-        if complete is None:
-            return tf.cond(tf.reduce_any(tf.math.is_nan(y)), any_missing, fast)
-        return fast() if complete else any_missing()
+        return self._where_complete(
+            y,
+            complete,
+            lambda: self.head.log_prob(hidden, y),
+            lambda: self.head(hidden).log_prob(y),
+        )
 
     def predict_step(self, data: Any) -> tf.Tensor:
         x, _, _ = tf_keras.utils.unpack_x_y_sample_weight(data)

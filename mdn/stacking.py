@@ -7,6 +7,7 @@ of each.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -122,6 +123,15 @@ class Stack(Ensemble):
             index = parts[0][0]
             mixture = mixture_of([density for _, density in parts], self.shares)
             yield index, self._recalibrated(mixture)
+
+    def log_density(self, x: Any, y: tf.Tensor, complete: bool | None = None) -> tf.Tensor:
+        if self.recalibration is not None:
+            return self(x, training=False).log_prob(y)
+        parts = [model.log_density(x, y, complete) for model in self.models]
+        return tf.reduce_logsumexp(
+            [math.log(share) + part for share, part in zip(self.shares, parts, strict=True)],
+            axis=0,
+        )
 
     def _recalibrated(self, density: Queries) -> Queries:
         if self.recalibration is None:

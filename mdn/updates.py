@@ -121,7 +121,9 @@ class FusedAdam:
         if limit and self.members > 1:
             gradients = self._gradients(clip_members(pairs, norms, limit))
         elif limit:
-            gradients = [gradient * (limit / tf.maximum(norms[0], limit)) for gradient in gradients]
+            gradients = [
+                gradient * (limit / tf.maximum(norms[0], limit)) for gradient in gradients
+            ]
         elif optimizer.clipvalue:
             clip = optimizer.clipvalue
             gradients = [tf.clip_by_value(gradient, -clip, clip) for gradient in gradients]

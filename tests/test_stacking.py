@@ -114,6 +114,8 @@ def test_density_is_the_mixture_of_all_members(ensembles, both):
     y = Y[:7].astype(np.float32)
     np.testing.assert_allclose(found.log_prob(y), expected.log_prob(y), rtol=1e-5)
     np.testing.assert_allclose(both.log_prob(X[:7], Y[:7]), expected.log_prob(y), rtol=1e-5)
+    gaps = np.where(np.arange(14).reshape(7, 2) % 3, y, np.nan)
+    np.testing.assert_allclose(both.log_prob(X[:7], gaps), expected.log_prob(gaps), rtol=1e-5)
     np.testing.assert_allclose(both.predict(X[:7]), expected.mean(), rtol=1e-5, atol=1e-6)
     assert found.event_shape == [2]
     assert found.logits.shape == [7, 2 * (3 + 2)]

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.speed.contenders import CONTENDERS, MDN
-from benchmarks.speed.report import Results, markdown
+from benchmarks.speed.report import markdown, write
+from benchmarks.speed.results import Results
 from benchmarks.speed.workloads import ROWS, WORKLOADS
 from mdn.cli.quiet import import_tensorflow
 from mdn.errors import MDNError
@@ -60,21 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json is not None:
             results.write_json(options.json)
         if options.output is not None:
-            results.write(options.output)
+            write(results, options.output)
 
     for workload in chosen:
         if "race" in options.sections and workload.name not in results.race:
-            entrants, found = sections.compete(workload, contenders, options.repeats)
+            entrants = sections.compete(workload, contenders, options.repeats)
             results.race[workload.name] = entrants
-            results.disagreements += found
             save()
         if "precision" in options.sections and workload.name not in results.precision:
-            entrants, found = sections.precision(workload, options.repeats)
-            if entrants:
-                results.precision[workload.name] = entrants
-            results.disagreements += found
+            results.precision[workload.name] = sections.precision(workload, options.repeats)
         if "profile" in options.sections and workload.name not in results.profile:
             results.profile[workload.name] = sections.profile(workload)
+            results.parts[workload.name] = sections.parts(workload, options.repeats)
         if "memory" in options.sections and workload.name not in results.memory:
             results.memory[workload.name] = sections.peaks(workload, contenders)
         save()
@@ -145,8 +143,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: at least 1")
-    if options.rows < max(workload.batch for workload in WORKLOADS.values()):
-        parser.error(f"--rows {options.rows}: fewer than a batch")
+    batch = max(workload.batch for workload in WORKLOADS.values())
+    if options.rows < 1 or options.rows % batch:
+        parser.error(
+            f"--rows {options.rows}: must be a multiple of {batch}, as not all contenders train "
+            "on what does not fill a batch"
+        )
     everything = (
         set(options.workloads) == set(WORKLOADS)
         and set(options.contenders) == set(keys)

@@ -13,8 +13,14 @@ from benchmarks.speed.workloads import Problem
 class Runner(Protocol):
     """A model at its starting weights, with a training loop."""
 
-    def train(self, epochs: int) -> None:
-        """Train, and return when all of it is done."""
+    def train(self, epochs: int, shuffle: bool = True) -> None:
+        """Train, and return when all of it is done.
+
+        Args:
+            epochs: how many.
+            shuffle: each in an order of its own; otherwise the rows in theirs, as the check that
+                all contenders train the same model wants them.
+        """
 
     def loss(self, rows: int) -> float:
         """Return the mean NLL of the first rows, nats per row, by the runner's own density."""
@@ -39,6 +45,11 @@ class Contender:
     where: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     most_targets: int | None = None
+
+    @property
+    def late_epsilon(self) -> bool:
+        """How its Adam is written, see `benchmarks.speed.reference.Reference`."""
+        return self.family == "PyTorch"
 
     def make(self, problem: Problem) -> Runner:
         """Return a runner at its starting weights.

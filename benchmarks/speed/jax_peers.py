@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks.speed.workloads import (
+    BETAS,
     EPSILON,
     LEARNING_RATE,
     LOG_2_PI,
@@ -35,7 +36,7 @@ from benchmarks.speed.workloads import (
     row_order,
 )
 
-BETA_1, BETA_2 = 0.9, 0.999
+BETA_1, BETA_2 = BETAS
 
 
 class Jax:
@@ -67,10 +68,11 @@ class Jax:
         self._mean = jax.jit(self._loss)
         self._rng = np.random.default_rng(1)
 
-    def train(self, epochs: int) -> None:
+    def train(self, epochs: int, shuffle: bool = True) -> None:
         w = self.problem.workload
         for _ in range(epochs):
-            order = self._rng.permutation(w.rows)[: w.steps * w.batch].astype(np.int32)
+            order = self._rng.permutation(w.rows) if shuffle else np.arange(w.rows)
+            order = order[: w.steps * w.batch].astype(np.int32)
             self._state = self._epoch(
                 self._state, order.reshape(w.steps, w.batch), self._x, self._y
             )

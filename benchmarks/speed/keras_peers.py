@@ -62,9 +62,9 @@ class Documented:
     def compile(self) -> None:
         self.model.compile(tf_keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON), loss=nll)
 
-    def train(self, epochs: int) -> None:
-        p = self.problem
-        self.model.fit(p.x, p.y, batch_size=p.workload.batch, epochs=epochs, verbose=0)
+    def train(self, epochs: int, shuffle: bool = True) -> None:
+        p, batch = self.problem, self.problem.workload.batch
+        self.model.fit(p.x, p.y, batch, epochs, verbose=0, shuffle=shuffle)
 
     def loss(self, rows: int) -> float:
         return self.problem.mean(lambda x, y: np.mean(nll(y, self.model(x))), rows)
@@ -81,9 +81,14 @@ class Tuned(Documented):
             jit_compile=True,
             steps_per_execution=w.steps,
         )
-        rows = tf.data.Dataset.from_tensor_slices((self.problem.x, self.problem.y)).cache()
-        batches = rows.shuffle(w.rows).batch(w.batch, drop_remainder=True)
-        self.batches = batches.prefetch(tf.data.AUTOTUNE)
+        self.batches = {shuffle: self.dataset(shuffle) for shuffle in (True, False)}
 
-    def train(self, epochs: int) -> None:
-        self.model.fit(self.batches, epochs=epochs, verbose=0)
+    def dataset(self, shuffle: bool) -> tf.data.Dataset:
+        w = self.problem.workload
+        rows = tf.data.Dataset.from_tensor_slices((self.problem.x, self.problem.y)).cache()
+        if shuffle:
+            rows = rows.shuffle(w.rows)
+        return rows.batch(w.batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+
+    def train(self, epochs: int, shuffle: bool = True) -> None:
+        self.model.fit(self.batches[shuffle], epochs=epochs, verbose=0)

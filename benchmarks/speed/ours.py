@@ -72,9 +72,9 @@ class OnArrays:
     problem: Problem
     model: TrainedModel
 
-    def train(self, epochs: int) -> None:
-        p = self.problem
-        self.model.fit(p.x, p.y, batch_size=p.workload.batch, epochs=epochs, verbose=0)
+    def train(self, epochs: int, shuffle: bool = True) -> None:
+        p, batch = self.problem, self.problem.workload.batch
+        self.model.fit(p.x, p.y, batch, epochs, verbose=0, shuffle=shuffle)
 
 
 class Ours(OnArrays):
@@ -150,7 +150,7 @@ class Scores(Ours):
         super().__init__(problem)
         self.question = question
 
-    def train(self, epochs: int) -> None:
+    def train(self, epochs: int, shuffle: bool = False) -> None:
         for _ in range(epochs):
             if self.question == "log_prob":
                 self.model.log_prob(self.problem.x, self.problem.y)
@@ -165,7 +165,7 @@ class Forward(Network):
         super().__init__(problem)
         self.program = RowProgram(self.model.call, jit_compile=True)
 
-    def train(self, epochs: int) -> None:
+    def train(self, epochs: int, shuffle: bool = False) -> None:
         for _ in range(epochs):
             for _, outputs in self.program([self.problem.x], self.problem.workload.batch):
                 outputs.numpy()

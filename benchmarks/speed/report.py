@@ -1,23 +1,17 @@
-"""The results as Markdown, a picture and JSON."""
+"""The results as Markdown."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
-import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from benchmarks.speed.contenders import KERAS, MDN, NETWORK
-from benchmarks.speed.measure import FINAL_TOLERANCE, START_TOLERANCE, Entrant, Spread
-from mdn.errors import RunError
+from benchmarks.speed.measure import TOLERANCE, Entrant, Spread
+from benchmarks.speed.picture import plot
+from benchmarks.speed.results import Results
 
 # What `mdn` is to reach: at least so many times as fast as Keras as documented and as the best
 # peer, and a step at most so many times that of the network with a sum of squares.
@@ -26,120 +20,15 @@ BARS = {
     "peer": {"S": 1.0, "M": 1.0, "L": 1.0, "H": 1.0},
     "overhead": {"S": 2.5, "M": 2.0, "L": 1.8, "H": 2.5},
 }
-PACKAGES = ("tensorflow", "tf-keras", "tensorflow-probability", "jax", "torch", "numpy")
 _PEERS = ("PyTorch", "JAX")
-_COLORS = {"mdn": "#c1272d", "Keras": "#e6a23c", "PyTorch": "#6b7fa8", "JAX": "#5b9a6f"}
 
 
-@dataclasses.dataclass
-class Results:
-    """All that was measured; what was not is empty.
-
-    Attributes:
-        command: what was run.
-        repeats: rounds.
-        race: workload -> entrants of the main table, the bare network last.
-        precision: workload -> entrants whose triangles are factors of the precision.
-        disagreements: what shows that two of them did not train the same model.
-        profile: workload -> what `benchmarks.speed.operations.measure` found.
-        cost: size -> entrants that double it, the base first.
-        memory: workload -> label -> MiB, see `benchmarks.speed.memory.measure`.
-        ensembles: of 1, 5 and 20 members.
-        streaming: rows in memory, rows read anew.
-        inference: the bare network, and answers of the model.
-    """
-
-    command: str
-    repeats: int
-    race: dict[str, list[Entrant]] = dataclasses.field(default_factory=dict)
-    precision: dict[str, list[Entrant]] = dataclasses.field(default_factory=dict)
-    disagreements: list[str] = dataclasses.field(default_factory=list)
-    profile: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    cost: dict[str, list[Entrant]] = dataclasses.field(default_factory=dict)
-    memory: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
-    ensembles: list[Entrant] = dataclasses.field(default_factory=list)
-    streaming: list[Entrant] = dataclasses.field(default_factory=list)
-    inference: list[Entrant] = dataclasses.field(default_factory=list)
-    machine: dict[str, Any] = dataclasses.field(default_factory=lambda: describe_machine())
-
-    def write(self, folder: Path) -> None:
-        """Write `speed.md` and, where there was a race, `speed.png`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = plot(self, folder / "speed.png")
-        image = "\n![Time of a training step by workload](speed.png)\n" if picture else ""
-        (folder / "speed.md").write_text(markdown(self, image), encoding="utf-8")
-
-    @classmethod
-    def open(cls, path: Path, command: str, repeats: int) -> Results:
-        """Return what `write_json` wrote, to go on with; what did not agree is left out.
-
-        Raises:
-            RunError: the file has no results of this command on this machine.
-        """
-        new = cls(command, repeats)
-        try:
-            found = json.loads(path.read_text("utf-8"))
-            machines = [{**m, "load": None} for m in (found["machine"], new.machine)]
-            if machines[0] != machines[1] or found["repeats"] != repeats:
-                raise RunError(
-                    f"--json {path} holds numbers of another machine, of other versions or of "
-                    f"{found['repeats']} rounds: name another file, or remove it"
-                )
-            for name in ("race", "precision", "cost"):
-                series = found[name].items()
-                setattr(new, name, {key: [*map(Entrant.restore, es)] for key, es in series})
-            for name in ("ensembles", "streaming", "inference"):
-                setattr(new, name, [*map(Entrant.restore, found[name])])
-            new.profile, new.memory = found["profile"], found["memory"]
-            new.machine["load"] = found["machine"]["load"]
-            for line in found["disagreements"]:
-                for races in (new.race, new.precision):
-                    races.pop(line.partition(",")[0], None)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"--json {path} cannot be gone on from: {error!r}") from error
-        return new
-
-    def write_json(self, path: Path) -> None:
-        """Write all numbers."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, Entrant):
-                return value.record()
-            if isinstance(value, Mapping):
-                return {key: plain(item) for key, item in value.items()}
-            return [plain(item) for item in value] if isinstance(value, list) else value
-
-        fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return the processor, its cores, and the versions of what was compared."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "versions": {"python": platform.python_version(), **versions},
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-# ---------------------------------------------------------------------- Markdown
+def write(results: Results, folder: Path) -> None:
+    """Write `speed.md` and, where there was a race, `speed.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = plot(results, folder / "speed.png")
+    image = "\n![Time of a training step by workload](speed.png)\n" if picture else ""
+    (folder / "speed.md").write_text(markdown(results, image), encoding="utf-8")
 
 
 def markdown(results: Results, image: str = "") -> str:
@@ -245,32 +134,59 @@ def best_peer(entrants: Sequence[Entrant]) -> Entrant | None:
 
 
 def _losses(results: Results) -> str:
-    names = list(results.race)
-    lines = []
-    for entrant in results.race[names[0]]:
-        if entrant.key != NETWORK.key:
-            found = [_find(results.race[name], entrant.key) for name in names]
-            finals = [None if e is None else e.final_loss for e in found]
-            lines.append(
-                [entrant.label, *("-" if loss is None else f"{loss:.3f}" for loss in finals)]
-            )
-    fixed, per_target = FINAL_TOLERANCE
-    counts = {name: max(len(e.losses) for e in results.race[name]) for name in names}
-    rounds = ", ".join(f"{name}: {count}" for name, count in counts.items())
+    tables = [_differences(races) for races in (results.race, results.precision) if races]
+    pairs = [
+        (entrant.found.epoch, entrant.expected.epoch)
+        for races in (results.race, results.precision)
+        for entrants in races.values()
+        for entrant in entrants
+        if entrant.found is not None and entrant.expected is not None
+    ]
+    if not pairs:
+        return ""
+    worst = max(abs(found - expected) / max(1.0, abs(expected)) for found, expected in pairs)
+    ends = []
+    for name, entrants in results.race.items():
+        if finals := [e.final_loss for e in entrants if e.final_loss is not None]:
+            ends.append(f"{name}: {min(finals):.3f} - {max(finals):.3f}")
+    disagreements = results.disagreements
     verdict = (
-        "All agree."
-        if not results.disagreements
-        else "They do NOT agree:\n\n" + "\n".join(f"- {line}" for line in results.disagreements)
+        "They do NOT agree:\n\n" + "\n".join(f"- {line}" for line in disagreements)
+        if disagreements
+        else f"All agree, to {worst:.0e}."
     )
     return (
         "## The same model: NLL of the training rows, nats per row\n\n"
-        f"{_table(['', *names], lines)}\n"
-        f"Means over the ends of rounds ({rounds}). All start from the same weights, where their "
-        "losses are compared with one computed in NumPy (relative tolerance "
-        f"{START_TOLERANCE:g}), and train as many epochs, each in an order of its own "
-        f"(tolerance {fixed:g} + {per_target:g} D nats about the median). "
-        f"{verdict}\n"
+        + "\n".join(tables)
+        + "\nBefore the timed rounds each contender trains for an epoch through the code that is "
+        "timed, from the same weights and with the rows in the same order. The table has the loss "
+        "of all rows then: that of the same training in NumPy and float64, with gradients written "
+        "out by hand, and by how much each contender's is greater. The tolerance is "
+        f"{TOLERANCE:g} of the loss, or of a nat if it is less; losses before training are held "
+        "to it too. PyTorch's Adam adds its epsilon after the second moment is corrected, the "
+        "others before; NumPy's does as each.\n\n"
+        f"{verdict}\n\n"
+        "At the end of the rounds, with an order of its own for each epoch of each contender, the "
+        f"losses lie between: {'; '.join(ends)}.\n"
     )
+
+
+def _differences(races: Mapping[str, Sequence[Entrant]]) -> str:
+    """Return the table of the losses after an epoch, as differences to NumPy's."""
+    names = list(races)
+    expected = [next(e.expected for e in races[n] if e.expected is not None) for n in names]
+    lines = [["NumPy, float64", *(f"{losses.epoch:.4f}" for losses in expected)]]
+    for first in races[names[0]]:
+        if first.expected is not None:
+            entrants = [_find(races[name], first.key) for name in names]
+            lines.append([first.label, *map(_difference, entrants)])
+    return _table(["", *names], lines)
+
+
+def _difference(entrant: Entrant | None) -> str:
+    if entrant is None or entrant.found is None or entrant.expected is None:
+        return "-"
+    return f"{entrant.found.epoch - entrant.expected.epoch:+.1e}"
 
 
 def _profile(results: Results) -> str:
@@ -292,11 +208,18 @@ def _profile(results: Results) -> str:
         lines.append(
             ["a whole step of the best peer", *(_microseconds(p) for p in peers.values())]
         )
+    for part in results.parts[names[0]]:
+        found = [_find(results.parts[name], part.key) for name in names]
+        lines.append([part.label, *(_microseconds(e) for e in found)])
     return (
         "## Where a step's time goes, microseconds\n\n"
         f"{_table(['', *names], lines)}\n"
-        "By TensorFlow's profiler, which adds a part of a microsecond to each operation, and to "
-        "those that two threads share more.\n"
+        "The first lines by TensorFlow's profiler, which adds a part of a microsecond to each "
+        "operation, and to those that two threads share more. The last ones are medians of "
+        f"{results.repeats} rounds, interleaved: the products of a step's forward and backward "
+        "pass and nothing between them, in the fastest of four layouts, and Adam's update of all "
+        "weights as one vector, each compiled as one loop from the same lines by both. A "
+        "step of `mdn`, which TensorFlow's XLA compiles, can hardly take less than it for both.\n"
     )
 
 
@@ -357,8 +280,8 @@ def _lineup(title: str, entrants: Sequence[Entrant], step: str = "a training ste
 
 
 def _failures(results: Results) -> list[str]:
-    groups = [*results.race.values(), *results.precision.values(), *results.cost.values()]
-    groups += [results.ensembles, results.streaming, results.inference]
+    groups = [*results.race.values(), *results.precision.values(), *results.parts.values()]
+    groups += [*results.cost.values(), results.ensembles, results.streaming, results.inference]
     lines = [
         f"{entrant.workload.name}, {entrant.label}: {entrant.failure}"
         for group in groups
@@ -409,66 +332,3 @@ def _judged(
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "".join("| " + " | ".join(row).replace("|  |", "| |") + " |\n" for row in rows)
-
-
-# ---------------------------------------------------------------------- picture
-
-
-def plot(results: Results, path: Path) -> bool:
-    """Draw the time of a step by workload and contender; return whether there is any."""
-    if not results.race:
-        return False
-    names = list(results.race)
-    labels = list(dict.fromkeys(e.label for name in names for e in results.race[name]))
-    size = (2.4 + 2.6 * len(names), 1.3 + 0.34 * len(labels))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        for entrant in results.race[name]:
-            spread = entrant.spread
-            if spread is None:
-                continue
-            place = labels.index(entrant.label)
-            bare = entrant.key == NETWORK.key
-            color = next(c for family, c in _COLORS.items() if entrant.label.startswith(family))
-            error = [[spread.median - spread.least], [spread.most - spread.median]]
-            axis.barh(
-                place,
-                spread.median,
-                xerr=error,
-                color="white" if bare else color,
-                edgecolor=color,
-                hatch="////" if bare else None,
-                error_kw={"lw": 0.8, "ecolor": "0.25"},
-            )
-            axis.annotate(
-                f"{spread.median:,.0f}",
-                (spread.most, place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-        axis.set_xscale("log")
-        low, high = _limits(results.race[name])
-        axis.set_xlim(10.0 ** np.floor(np.log10(low)), high * 4.0)  # room for the numbers
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_title(f"{name}: D = {_targets(results, name)}", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="x", which="major", color="0.9", lw=0.8)
-        axis.set_axisbelow(True)
-        axis.tick_params(axis="x", labelsize=8)
-    axes[0][0].set_yticks(range(len(labels)), labels, fontsize=9)
-    axes[0][0].invert_yaxis()
-    figure.supxlabel("a training step, microseconds (median; least to most)", fontsize=9)
-    figure.savefig(path, dpi=150)
-    return True
-
-
-def _limits(entrants: Sequence[Entrant]) -> tuple[float, float]:
-    times = [t for e in entrants if e.failure is None for t in e.microseconds] or [1.0]
-    return min(times), max(times)
-
-
-def _targets(results: Results, name: str) -> int:
-    return results.race[name][0].workload.targets

@@ -7,16 +7,16 @@ import importlib
 import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import mdn
-from benchmarks.speed import operations, ours
+from benchmarks.speed import floors, operations, ours
 from benchmarks.speed.contenders import NETWORK, PRECISION, Contender
-from benchmarks.speed.measure import START_ROWS, Entrant, disagreements, race
+from benchmarks.speed.measure import START_ROWS, Entrant, Losses, race
+from benchmarks.speed.reference import Reference
 from benchmarks.speed.workers import not_installed
-from benchmarks.speed.workloads import Problem, Workload, draw, reference_loss
+from benchmarks.speed.workloads import Problem, Workload, draw
 from mdn.data.records import TFRecord
 from mdn.data.tabular import Parquet
 from mdn.inference import largest_batch
@@ -29,27 +29,45 @@ STREAMED_ROWS = 16  # times those of the workload
 SCORED_ROWS = 64  # likewise: a million
 
 
-def compete(
-    workload: Workload, contenders: Sequence[Contender], repeats: int
-) -> tuple[list[Entrant], list[str]]:
-    """Race the contenders and the bare network; return them, and where their losses disagree."""
+def compete(workload: Workload, contenders: Sequence[Contender], repeats: int) -> list[Entrant]:
+    """Race the contenders and the bare network."""
     problem = ours.with_start(draw(workload))
-    entrants = [_entrant(contender, problem) for contender in (*contenders, NETWORK)]
+    network = Entrant(NETWORK.key, NETWORK.label, workload, partial(NETWORK.make, problem))
+    entrants = [*checked(problem, contenders), network]
     race(entrants, repeats)
-    rows = min(START_ROWS, workload.rows)
-    return entrants, disagreements(entrants, reference_loss(problem, rows))
+    return entrants
 
 
-def precision(workload: Workload, repeats: int) -> tuple[list[Entrant], list[str]]:
-    """The same for triangles that are factors of the precision; nothing while `mdn` has none."""
-    head = ours.OursPrecision.head
-    if not hasattr(mdn.heads, head):
-        return [], []
-    problem = ours.with_start(draw(workload), head)
-    entrants = [_entrant(contender, problem) for contender in PRECISION]
+def precision(workload: Workload, repeats: int) -> list[Entrant]:
+    """Race those whose triangles are factors of the precision."""
+    problem = ours.with_start(draw(workload), ours.OursPrecision.head)
+    entrants = checked(problem, PRECISION, precision=True)
     race(entrants, repeats)
-    rows = min(START_ROWS, workload.rows)
-    return entrants, disagreements(entrants, reference_loss(problem, rows, precision=True))
+    return entrants
+
+
+def checked(
+    problem: Problem, contenders: Sequence[Contender], precision: bool = False
+) -> list[Entrant]:
+    """Return entrants that know what losses they are to reach."""
+
+    @cache
+    def expected(late_epsilon: bool) -> Losses:
+        reference = Reference(problem, precision, late_epsilon)
+        start = reference.loss(min(START_ROWS, problem.workload.rows))
+        reference.train()
+        return Losses(start, reference.loss(problem.workload.rows))
+
+    return [
+        Entrant(
+            contender.key,
+            contender.label,
+            problem.workload,
+            partial(contender.make, problem),
+            expected(contender.late_epsilon),
+        )
+        for contender in contenders
+    ]
 
 
 def profile(workload: Workload) -> dict[str, float]:
@@ -59,6 +77,17 @@ def profile(workload: Workload) -> dict[str, float]:
     return operations.measure(
         partial(runner.train, workload.epochs), workload.epochs * workload.steps
     )
+
+
+def parts(workload: Workload, repeats: int) -> list[Entrant]:
+    """Race what a step has to do in any case, alone and compiled by TensorFlow's XLA and JAX's."""
+    entrants = []
+    for part, what in ((floors.Products, "the matrix products"), (floors.Adam, "Adam")):
+        for package, compiler in (("tensorflow", "TensorFlow's XLA"), ("jax", "JAX")):
+            key, label = f"{part.__name__}-{package}", f"{what} alone, {compiler}"
+            entrants.append(Entrant(key, label, workload, partial(part, workload, package)))
+    race(entrants, repeats)
+    return entrants
 
 
 def cost(base: Workload, repeats: int) -> dict[str, list[Entrant]]:
@@ -151,8 +180,3 @@ def inference(workload: Workload, repeats: int) -> list[Entrant]:
     ]
     race(entrants, repeats)
     return entrants
-
-
-def _entrant(contender: Contender, problem: Problem) -> Entrant:
-    make = partial(contender.make, problem)
-    return Entrant(contender.key, contender.label, problem.workload, make)

@@ -60,11 +60,11 @@ class Torch:
         )
         self._x, self._y = torch.from_numpy(problem.x), torch.from_numpy(problem.y)
 
-    def train(self, epochs: int) -> None:
+    def train(self, epochs: int, shuffle: bool = True) -> None:
         w = self.problem.workload
         for _ in range(epochs):
-            order = torch.randperm(w.rows)[: w.steps * w.batch]
-            for rows in order.view(w.steps, w.batch):
+            order = torch.randperm(w.rows) if shuffle else torch.arange(w.rows)
+            for rows in order[: w.steps * w.batch].view(w.steps, w.batch):
                 self._adam.zero_grad(set_to_none=True)
                 self._step_loss(self._x[rows], self._y[rows]).backward()
                 self._adam.step()

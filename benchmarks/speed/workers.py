@@ -36,14 +36,18 @@ class Worker:
         self._process = _SPAWN.Process(target=_serve, args=(theirs, make), daemon=True)
         self._process.start()
         theirs.close()
-        self.make_seconds = self._answer()
+        self._answer()
 
     def train(self, epochs: int) -> float:
         """Train; return the seconds that it took."""
         return self._ask("train", epochs)
 
-    def loss(self, rows: int) -> float | None:
-        """Return the mean NLL of the first rows, if the runner has such a loss."""
+    def train_in_order(self) -> None:
+        """Train for an epoch, the rows in their own order."""
+        self._ask("train in order", None)
+
+    def loss(self, rows: int) -> float:
+        """Return the mean NLL of the first rows."""
         return self._ask("loss", rows)
 
     def steps(self, default: int) -> int:
@@ -74,9 +78,8 @@ class Worker:
 def _serve(connection: Connection, make: Callable[[], Any]) -> None:
     warnings.filterwarnings("ignore")
     try:
-        begun = time.perf_counter()
         runner = make()
-        connection.send((None, time.perf_counter() - begun))
+        connection.send((None, None))
         while True:
             question, argument = connection.recv()
             connection.send((None, _answer(runner, question, argument)))
@@ -86,11 +89,13 @@ def _serve(connection: Connection, make: Callable[[], Any]) -> None:
         connection.send((_describe(error), None))
 
 
-def _answer(runner: Any, question: str, argument: int) -> Any:
+def _answer(runner: Any, question: str, argument: Any) -> Any:
     if question == "steps":
         return getattr(runner, "steps", argument)
     if question == "loss":
-        return runner.loss(argument) if hasattr(runner, "loss") else None
+        return runner.loss(argument)
+    if question == "train in order":
+        return runner.train(1, shuffle=False)
     gc.collect()
     begun = time.perf_counter()
     runner.train(argument)

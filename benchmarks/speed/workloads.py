@@ -16,7 +16,7 @@ import numpy as np
 
 ROWS = 16_384
 LEARNING_RATE = 1e-3
-EPSILON = 1e-7  # Adam's, as Keras has it
+BETAS, EPSILON = (0.9, 0.999), 1e-7  # Adam's, as Keras has them
 MIN_SCALE = 1e-3
 LOG_2_PI = float(np.log(2.0 * np.pi))
 
@@ -178,33 +178,3 @@ def column_order(d: int) -> np.ndarray:
 def column_sizes(d: int) -> list[int]:
     """Return the lengths of the parts of `column_order`: the diagonal and D - 1 columns."""
     return [d, *range(d - 1, 0, -1)]
-
-
-def reference_loss(problem: Problem, rows: int, precision: bool = False) -> float:
-    """Return the mean NLL, nats per row, of the first rows under the starting weights, in float64.
-
-    Args:
-        problem: rows and weights.
-        rows: how many.
-        precision: the triangles P are factors of the precision, P P^T, and not of the covariance.
-    """
-    w = problem.workload
-    k, d = w.components, w.targets
-    hidden = problem.x[:rows].astype(np.float64)
-    *layers, kernel, bias = (weight.astype(np.float64) for weight in problem.weights)
-    for i in range(0, len(layers), 2):
-        hidden = np.tanh(hidden @ layers[i] + layers[i + 1])
-    raw = hidden @ kernel + bias  # [N, P]
-    logits, loc, triangle = np.split(raw, [k, k + k * d], axis=1)
-    factor = np.tril(triangle.reshape(-1, k, d * (d + 1) // 2)[..., fill_order(d)])
-    diagonal = MIN_SCALE + np.logaddexp(0.0, np.einsum("nkdd->nkd", factor))
-    np.einsum("nkdd->nkd", factor)[:] = diagonal
-    residual = problem.y[:rows, np.newaxis] - loc.reshape(-1, k, d)  # [N, K, D]
-    if precision:
-        z = np.einsum("nkij,nki->nkj", factor, residual)
-    else:
-        z = np.linalg.solve(factor, residual[..., np.newaxis])[..., 0]
-    log_det = np.log(diagonal).sum(axis=-1) * (-1.0 if precision else 1.0)
-    joint = logits - 0.5 * (z**2 + LOG_2_PI).sum(axis=-1) - log_det
-    log_prob = np.logaddexp.reduce(joint, axis=1) - np.logaddexp.reduce(logits, axis=1)
-    return float(-log_prob.mean())

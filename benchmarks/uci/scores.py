@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from mdn import losses
+from mdn.calibration.scores import mixture_crps
 from mdn.data.resolution import resolution
 from mdn.margins import Margins
 
@@ -49,7 +50,7 @@ def score(density: Any, y: np.ndarray, train: np.ndarray) -> dict[str, Any]:
         "nll_interval": float(cells.mean()),
         "nll_interval_se": float(cells.std() / np.sqrt(len(y))),
         "rmse": float(np.mean(np.sqrt(np.mean((margins.mean() - y) ** 2, axis=0)))),
-        "crps": float(np.mean(losses.crps(y64, double))),
+        "crps": float(np.mean(mixture_crps(density, y))),
         "coverage90": float(np.mean(inside)),
     }
 

@@ -67,10 +67,8 @@ def score(density: Queries, y: np.ndarray, *, draws: int = DRAWS, seed: int = 0)
         mean[rows] = margins.mean()
         low, lower, upper, high = margins.quantile(np.array([0.05, 0.25, 0.75, 0.95]))
         width50[rows], width90[rows] = upper - lower, high - low
-    for rows in _blocks(n, d * components**2):
-        margins = Margins.of(take_rows(density, (n,), rows))
-        if margins.units is None:
-            crps[rows] = _mixture_crps(margins, y[rows])
+    if Margins.of(take_rows(density, (n,), slice(1))).units is None:
+        crps = mixture_crps(density, y)
     drawn = thin(n, _MOST_DRAWN)
     region[drawn], sampled = _compare_with_draws(density, y, drawn, draws, seed)
     if np.isnan(crps).all():  # of transformed targets there is no closed form
@@ -124,13 +122,29 @@ def _compare_with_draws(
     return level, crps
 
 
-def _mixture_crps(margins: Margins, y: np.ndarray) -> np.ndarray:
+def mixture_crps(density: Queries, y: np.ndarray) -> np.ndarray:
+    """Return the CRPS of each target under a mixture whose targets are not transformed.
+
+    By the closed form, which takes all pairs of components: a few rows at a time.
+
+    Args:
+        density: batch [N], or [] for all rows.
+        y: [N, D], NaN marks a missing entry.
+
+    Returns:
+        [N, D], in the units of y; NaN where y is missing.
+    """
     from mdn.density import univariate  # which imports TensorFlow
 
-    with np.errstate(divide="ignore"):
-        log_weight = np.log(margins.weight)[..., np.newaxis, :]
-    parts = log_weight, np.swapaxes(margins.loc, -1, -2), np.swapaxes(margins.scale, -1, -2)
-    return univariate.crps(univariate.Margins(*parts), y).numpy()
+    n, d = y.shape
+    crps = np.empty([n, d])
+    for rows in _blocks(n, d * _components(density) ** 2):
+        margins = Margins.of(take_rows(density, (n,), rows))
+        with np.errstate(divide="ignore"):
+            log_weight = np.log(margins.weight)[..., np.newaxis, :]
+        parts = log_weight, np.swapaxes(margins.loc, -1, -2), np.swapaxes(margins.scale, -1, -2)
+        crps[rows] = univariate.crps(univariate.Margins(*parts), y[rows]).numpy()
+    return crps
 
 
 def marginal_crps(
