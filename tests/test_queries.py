@@ -448,9 +448,9 @@ ANSWERS = {
     "log_prob": lambda d, y: d.log_prob(y),
     "correlation": lambda d, y: d.correlation(),
     "kurtosis": lambda d, y: d.kurtosis(),
-    "marginal": lambda d, y: d.marginal([1, 0]).log_prob(y),
+    "marginal": lambda d, y: d.marginal([2, 0]).log_prob(y[..., :2]),
     "condition": lambda d, y: d.condition({1: y[..., 1]}).mean(),
-    "linear": lambda d, y: d.linear(np.ones([1, 2])).stddev(),
+    "linear": lambda d, y: d.linear(np.ones([1, 3])).stddev(),
     "cdf": lambda d, y: d.cdf(y),
     "quantile": lambda d, y: d.quantile(0.3),
     "hdr": lambda d, y: d.marginal(0).hdr(0.5).log_threshold,
@@ -476,8 +476,8 @@ OWN = ("log_prob", "correlation", "marginal", "condition", "sample", "responsibi
 def test_all_in_one_program_of_xla_with_gradients(i):
     """The batch size is not known to the program, and float32 is near float64."""
     chosen = {name: ANSWERS[name] for name in (ANSWERS if i == 0 else OWN)}
-    density = all_densities(np.random.default_rng(14), [4], 3, 2)[i]
-    y = np.random.default_rng(15).normal(size=[4, 2])
+    density = all_densities(np.random.default_rng(14), [4], 3, 3)[i]
+    y = np.random.default_rng(15).normal(size=[4, 3])
     kind, names = type(density), list(density.tensors())
 
     @tf.function(jit_compile=True, autograph=False, reduce_retracing=True)
@@ -492,7 +492,7 @@ def test_all_in_one_program_of_xla_with_gradients(i):
     signature = [
         tf.TensorSpec([None, *t.shape[1:]], tf.float32) for t in density.tensors().values()
     ]
-    program = answers.get_concrete_function(tf.TensorSpec([None, 2], tf.float32), *signature)
+    program = answers.get_concrete_function(tf.TensorSpec([None, 3], tf.float32), *signature)
     single = [tf.cast(t, tf.float32) for t in (y, *density.tensors().values())]
     found, gradients = program(*single)
     for name, answer in chosen.items():
