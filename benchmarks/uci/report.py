@@ -139,10 +139,10 @@ def page(sets: dict[str, dict[str, Any]], command: str) -> str:
 {markdown(sets)}
 Means over the standard splits with their standard errors, in nats of the original units, joint of
 all targets; "in 90 %": the share of the targets in the central 90 % interval of their margins, a
-rounded target by the share of its cell; seconds of one process. Published: MC dropout (Gal and
-Ghahramani, 2016), deep ensembles (Lakshminarayanan et al., 2017), NGBoost (Duan et al., 2020), and
-the best of the files of proto-n/torch-naut (ICLR 2025), on the same splits; the best of wine is an
-interval NLL.
+rounded target by the share of its cell; seconds of one process, beside whatever else the machine
+did. Published: MC dropout (Gal and Ghahramani, 2016), deep ensembles (Lakshminarayanan et al.,
+2017), NGBoost (Duan et al., 2020), and the best of the files of proto-n/torch-naut (ICLR 2025), on
+the same splits; the best of wine is an interval NLL.
 
 ![NLL beside the published ones](uci.png)
 
