@@ -64,6 +64,7 @@ def test_xla_answers_as_a_call_does(kind, xla_answers):
     arrays = X[:17].astype(np.float32), GAPS[:17].astype(np.float32)
     expected = answers(*map(tf.constant, arrays))
     parts = list(program(arrays, 16))
+    assert program._compiled.experimental_get_tracing_count() == 1
     assert [rows for rows, _ in parts] == [slice(0, 16), slice(16, 17)]
     for name, value in expected.items():
         found = np.concatenate([part[name] for _, part in parts])
