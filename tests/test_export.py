@@ -166,7 +166,7 @@ def exported(tmp_path_factory, traced_once):
         cases[name] = model, x, y, folder / name
         (folder / name).mkdir()
         export_saved_model(model, folder / name / "saved_model", targets=TARGETS[: y.shape[-1]])
-        for size in (0, 5):
+        for size in (0, 1, 5):
             np.savez(folder / name / f"in_{size}.npz", **as_inputs(take(x, size), y[:size]))
     command = [sys.executable, "-c", READER, *[str(case[-1]) for case in cases.values()]]
     # With this variable TensorFlow itself imports tf_keras.
@@ -227,11 +227,12 @@ def test_every_head_and_backbone_has_a_case(exported):
 @pytest.mark.parametrize("name", CASES)
 def test_fresh_process_equals_keras(exported, name):
     model, x, y, folder = exported[name]
-    expected = expected_answers(model, take(x, 5), y[:5])
-    answers = np.load(folder / "out_5.npz")
-    assert set(answers) == set(expected)
-    for key in expected:
-        np.testing.assert_allclose(answers[key], expected[key], 1e-5, 1e-5, err_msg=key)
+    for size in (1, 5):
+        expected = expected_answers(model, take(x, size), y[:size])
+        answers = np.load(folder / f"out_{size}.npz")
+        assert set(answers) == set(expected)
+        for key in expected:
+            np.testing.assert_allclose(answers[key], expected[key], 1e-5, 1e-5, err_msg=key)
 
 
 @pytest.mark.parametrize("name", CASES)
