@@ -132,7 +132,7 @@ class CompiledModel(tf_keras.Model):
         return 1
 
     @property
-    def turned(self) -> list[tf.Variable]:
+    def transposed(self) -> list[tf.Variable]:
         """Weights [.., H, P] whose gradient is a faster product transposed, [.., P, H]."""
         return []
 
@@ -469,7 +469,7 @@ class CompiledModel(tf_keras.Model):
             return super().make_train_function(force)
         if FusedAdam.supports(self.optimizer, self.trainable_variables):
             update: Update = FusedAdam(
-                self.optimizer, self.trainable_variables, self.stacked, self.turned
+                self.optimizer, self.trainable_variables, self.stacked, self.transposed
             )
         else:
             update = KerasUpdate(self.optimizer, self.stacked)

@@ -101,7 +101,7 @@ class Ensemble(MDN):
         return self._network.weights
 
     @property
-    def turned(self) -> list[tf.Variable]:
+    def transposed(self) -> list[tf.Variable]:
         return [self._network.variable(self.head.kernel)]
 
     def are_stacked(self) -> list[bool]:
@@ -208,7 +208,7 @@ class Ensemble(MDN):
         y is [M, B, D] or [M, B, T, D] without missing entries.
         """
         head = self.head
-        params = self._network.turned_params(hidden)  # [M, P, n]
+        params = self._network.transposed_params(hidden)  # [M, P, n]
         y = tf.cast(y, head.dtype)
         rows = tf.reshape(y, [self.members, -1, head.event_size])
         return tf.reshape(head.params_log_prob(params, rows), tf.shape(y)[:-1])

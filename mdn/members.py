@@ -147,7 +147,7 @@ class StackedNetwork:
         params = tf.matmul(hidden, self.variable(head.kernel))
         return params + self.variable(head.bias)[:, tf.newaxis]
 
-    def turned_params(self, hidden: tf.Tensor) -> tf.Tensor:
+    def transposed_params(self, hidden: tf.Tensor) -> tf.Tensor:
         """Return `params` as [M, P, n], which `Head.params_log_prob` takes."""
         head = self.template.head
         params = tf.matmul(self.variable(head.kernel), hidden, transpose_a=True, transpose_b=True)

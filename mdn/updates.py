@@ -76,7 +76,8 @@ class FusedAdam:
         optimizer: one that `supports` says yes to.
         variables: all that it was built for.
         members: M of an ensemble, each of which is clipped by a norm of its own.
-        turned: those of the variables, [.., H, P], whose gradient is a faster product transposed.
+        transposed: those of the variables, [.., H, P], whose gradient is the faster product when
+            it is computed as [.., P, H].
     """
 
     def __init__(
@@ -84,11 +85,11 @@ class FusedAdam:
         optimizer: Any,
         variables: Sequence[tf.Variable],
         members: int = 1,
-        turned: Sequence[tf.Variable] = (),
+        transposed: Sequence[tf.Variable] = (),
     ) -> None:
         self.optimizer = optimizer
         self.variables, self.members = variables, members
-        known = {variable.ref() for variable in turned}
+        known = {variable.ref() for variable in transposed}
         small = [v for v in variables if v.shape.num_elements() <= LARGE]
         large = [v for v in variables if v.shape.num_elements() > LARGE]
         self.groups = [
@@ -108,7 +109,7 @@ class FusedAdam:
         )
 
     def start(self) -> State:
-        return [_flat(slots, group.turned) for group in self.groups for slots in group.moments]
+        return [_flat(slots, group.transposed) for group in self.groups for slots in group.moments]
 
     def apply(self, pairs: Pairs, state: State) -> tuple[tf.Tensor, State]:
         optimizer = self.optimizer
@@ -138,7 +139,7 @@ class FusedAdam:
         """Return the gradients of each group as one vector: zeros where a variable has none."""
         found = {id(variable): gradient for gradient, variable in pairs}
         return [
-            _flat([found.get(id(v), tf.zeros(v.shape)) for v in group.variables], group.turned)
+            _flat([found.get(id(v), tf.zeros(v.shape)) for v in group.variables], group.transposed)
             for group in self.groups
         ]
 
@@ -174,7 +175,7 @@ class FusedAdam:
         square += (tf.square(gradient) - square) * (1.0 - optimizer.beta_2)
         rate, corrected = rates
         change = corrected * mean / (tf.sqrt(square) + optimizer.epsilon)
-        parts = _split(change, group.variables, group.turned)
+        parts = _split(change, group.variables, group.transposed)
         for variable, part, average in zip(group.variables, parts, group.averages, strict=True):
             if id(variable) not in found:
                 continue  # its gradient is zeros, and it stays as it is
@@ -188,15 +189,17 @@ class FusedAdam:
     def finish(self, state: State) -> None:
         slots = [(group, slots) for group in self.groups for slots in group.moments]
         for (group, tensors), vector in zip(slots, state, strict=True):
-            for slot, part in zip(tensors, _split(vector, tensors, group.turned), strict=True):
+            for slot, part in zip(tensors, _split(vector, tensors, group.transposed), strict=True):
                 slot.assign(part)
 
 
 class _Group:
     """Variables whose moments are one vector, and the slots that Keras's Adam has for them."""
 
-    def __init__(self, optimizer: Any, variables: Sequence[tf.Variable], turned: Sequence[bool]):
-        self.variables, self.turned = variables, turned
+    def __init__(
+        self, optimizer: Any, variables: Sequence[tf.Variable], transposed: Sequence[bool]
+    ):
+        self.variables, self.transposed = variables, transposed
         index = [optimizer._index_dict[optimizer._var_key(v)] for v in variables]
         self.moments = [
             [slots[i] for i in index] for slots in (optimizer._momentums, optimizer._velocities)
@@ -247,24 +250,26 @@ def clip_members(pairs: Pairs, norms: tf.Tensor, limit: float) -> Pairs:
     ]
 
 
-def _turn(tensors: Sequence[Any], turned: Sequence[bool]) -> list[Any]:
+def _transpose(tensors: Sequence[Any], transposed: Sequence[bool]) -> list[Any]:
     return [
-        tf.linalg.matrix_transpose(tensor) if turn else tensor
-        for tensor, turn in zip(tensors, turned, strict=True)
+        tf.linalg.matrix_transpose(tensor) if flag else tensor
+        for tensor, flag in zip(tensors, transposed, strict=True)
     ]
 
 
-def _flat(tensors: Sequence[Any], turned: Sequence[bool]) -> tf.Tensor:
-    return tf.concat([tf.reshape(tensor, [-1]) for tensor in _turn(tensors, turned)], axis=0)
+def _flat(tensors: Sequence[Any], transposed: Sequence[bool]) -> tf.Tensor:
+    return tf.concat(
+        [tf.reshape(tensor, [-1]) for tensor in _transpose(tensors, transposed)], axis=0
+    )
 
 
 def _split(
-    vector: tf.Tensor, like: Sequence[tf.Variable], turned: Sequence[bool]
+    vector: tf.Tensor, like: Sequence[tf.Variable], transposed: Sequence[bool]
 ) -> list[tf.Tensor]:
     """Return the tensors of which `_flat` made the vector."""
     parts = tf.split(vector, [v.shape.num_elements() for v in like])
     shapes = [
-        [*v.shape[:-2], v.shape[-1], v.shape[-2]] if turn else v.shape
-        for v, turn in zip(like, turned, strict=True)
+        [*v.shape[:-2], v.shape[-1], v.shape[-2]] if flag else v.shape
+        for v, flag in zip(like, transposed, strict=True)
     ]
-    return _turn([tf.reshape(p, s) for p, s in zip(parts, shapes, strict=True)], turned)
+    return _transpose([tf.reshape(p, s) for p, s in zip(parts, shapes, strict=True)], transposed)

@@ -89,14 +89,14 @@ class Reference:
         factor = np.tril(entries, -1)  # [B, K, D, D]
         factor[..., on_diagonal] = diagonal
         residual = (y[:, np.newaxis] - loc.reshape(b, k, d))[..., np.newaxis]  # [B, K, D, 1]
-        turned = np.swapaxes(factor, -1, -2)
+        transposed = np.swapaxes(factor, -1, -2)
         if self.precision:
-            z, sign = turned @ residual, -1.0
+            z, sign = transposed @ residual, -1.0
             to_loc = factor @ z
             to_factor = -residual @ np.swapaxes(z, -1, -2)
         else:
             z, sign = np.linalg.solve(factor, residual), 1.0
-            to_loc = np.linalg.solve(turned, z)
+            to_loc = np.linalg.solve(transposed, z)
             to_factor = to_loc @ np.swapaxes(z, -1, -2)
         log_det = sign * np.log(diagonal).sum(axis=-1)
         joint = logits - 0.5 * (z**2 + LOG_2_PI).sum(axis=(-2, -1)) - log_det  # [B, K]
