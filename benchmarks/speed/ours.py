@@ -74,7 +74,7 @@ class OnArrays:
 
     def train(self, epochs: int, shuffle: bool = True) -> None:
         p, batch = self.problem, self.problem.workload.batch
-        self.model.fit(p.x, p.y, batch, epochs, verbose=0, shuffle=shuffle)
+        self.model.fit(p.x, p.y, batch_size=batch, epochs=epochs, verbose=0, shuffle=shuffle)
 
 
 class Ours(OnArrays):
