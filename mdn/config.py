@@ -84,7 +84,7 @@ def check_config(config: DictConfig) -> None:
     for name, group in groups.items():
         if not isinstance(group, dict) or "_target_" not in group:
             raise ConfigError(
-                f"{name}={group!r}: needs a _target_; choose one of {_choices(name)}"
+                f"{name}={group!r}: needs a _target_; choose one of {', '.join(_choices(name))}"
             )
     model = groups["model"]
     check_comparison(comparison, groups)
@@ -169,10 +169,12 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         if key == "rank":
             return without_factors(given.split("=")[-1])
         return f"{given}: {key} is no option{_suggest(key, _known_keys())}"
-    missing = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
-    if missing:
-        group, name = missing.groups()
-        return f"{group}={name}: there is no such {group}; choose one of {_choices(group)}"
+    for override in overrides:
+        group, _, name = override.lstrip("+").partition("=")
+        # Of null, or a number, Hydra does not say whose choice it is.
+        if group in _known_groups() and name not in _choices(group):
+            choices = ", ".join(_choices(group))
+            return f"{group}={name}: there is no such {group}; choose one of {choices}"
     group = re.search(r"Could not override '([^']+)'.*No match in the defaults list", text, re.S)
     if group:
         return f"{group.group(1)} is no group{_suggest(group.group(1), _known_groups())}"
@@ -198,8 +200,8 @@ def _known_groups() -> list[str]:
     return sorted(path.name for path in config_dir().iterdir() if path.is_dir())
 
 
-def _choices(group: str) -> str:
-    return ", ".join(sorted(path.stem for path in (config_dir() / group).glob("*.yaml")))
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:

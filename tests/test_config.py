@@ -36,8 +36,9 @@ def targets(node):
 
 
 def is_diff(path):
-    """Whether a file states only what differs from another one."""
-    return path.read_text().startswith("defaults:") or "\ndefaults:" in path.read_text()
+    """Whether a file states only what differs from another one, or from the whole config."""
+    text = path.read_text()
+    return text.startswith(("defaults:", "# @package _global_")) or "\ndefaults:" in text
 
 
 def nodes_of(path):
@@ -138,7 +139,11 @@ def test_trainer_options_are_checked():
         (["experiment=vae_mixture", "data=points"], "comparison: needs data with a seed"),
         (["model=vae", "model.prior=foo"], "model.prior=foo: must be 'mixture' or 'normal'"),
         (["experiment=none"], "experiment=none: there is no such experiment"),
-        (["trainer=3"], "trainer=3: Config group override must be a string"),
+        (["trainer=3"], "trainer=3: there is no such trainer; choose one of default"),
+        (
+            ["k=2", "embedding=null"],
+            "embedding=null: there is no such embedding; choose one of none",
+        ),
         (["trainer.epochs=0"], "trainer.epochs=0: must be greater than 0"),
         (["trainer.batch_size=1.5"], "trainer.batch_size=1.5: must be a valid integer"),
         (["trainer.schedule=linear"], "trainer.schedule=linear: must be 'constant', 'cosine'"),

@@ -47,7 +47,7 @@ def test_a_variant_is_a_diff():
         (["trainer.jitter=true", "model=vae", "data=digits"], "model=vae has none"),
         (["embedding=piecewise", "model=distribution"], "embedding: model=distribution has none"),
         (["embedding=piecewise", "embedding.bins=1"], "embedding.bins=1: must be greater than"),
-        (["embedding=linear"], "there is no such embedding; choose one of piecewise"),
+        (["embedding=linear"], "there is no such embedding; choose one of none, piecewise"),
         (["model.background=1"], "model.background=1"),
         (["model.background=some"], "model.background=some"),
         (["model.start=edge"], "model.start=edge: must be 'clusters' or 'centre'"),
