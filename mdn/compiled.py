@@ -131,11 +131,6 @@ class CompiledModel(tf_keras.Model):
         """How many networks learn at once, each of its own gradient."""
         return 1
 
-    @property
-    def transposed(self) -> list[tf.Variable]:
-        """Weights [.., H, P] whose gradient is a faster product transposed, [.., P, H]."""
-        return []
-
     def learn(self, data: Any, update: Update, state: State) -> State:
         """Take a train step with a batch; return the new state of `update`."""
         raise NotImplementedError
@@ -468,9 +463,7 @@ class CompiledModel(tf_keras.Model):
         if not self._loop.train:
             return super().make_train_function(force)
         if FusedAdam.supports(self.optimizer, self.trainable_variables):
-            update: Update = FusedAdam(
-                self.optimizer, self.trainable_variables, self.stacked, self.transposed
-            )
+            update: Update = FusedAdam(self.optimizer, self.trainable_variables, self.stacked)
         else:
             update = KerasUpdate(self.optimizer, self.stacked)
         return self._chunk_function("train", self.learn, update, self._train_counter)

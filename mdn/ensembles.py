@@ -100,10 +100,6 @@ class Ensemble(MDN):
         """The weights of the members, [M, ..] each."""
         return self._network.weights
 
-    @property
-    def transposed(self) -> list[tf.Variable]:
-        return [self._network.variable(self.head.kernel)]
-
     def are_stacked(self) -> list[bool]:
         """Return which of `weights` have a slice for each member."""
         known = {weight.ref() for weight in self.stacked_weights}

@@ -144,13 +144,13 @@ class StackedNetwork:
     def params(self, hidden: tf.Tensor) -> tf.Tensor:
         """Return what the members' heads make of [M, n, H]: parameters of densities, [M, n, P]."""
         head = self.template.head
-        params = tf.matmul(hidden, self.variable(head.kernel))
+        params = tf.matmul(hidden, self.variable(head.kernel), transpose_b=True)
         return params + self.variable(head.bias)[:, tf.newaxis]
 
     def transposed_params(self, hidden: tf.Tensor) -> tf.Tensor:
         """Return `params` as [M, P, n], which `Head.params_log_prob` takes."""
         head = self.template.head
-        params = tf.matmul(self.variable(head.kernel), hidden, transpose_a=True, transpose_b=True)
+        params = tf.matmul(self.variable(head.kernel), hidden, transpose_b=True)
         return params + self.variable(head.bias)[..., tf.newaxis]
 
     def _drop(self, layer: backbones.Dropout, hidden: tf.Tensor) -> tf.Tensor:

@@ -211,12 +211,6 @@ class MDN(AnsweringModel):
         return [self.encoder, *embedding, self.backbone, self.head]
 
     @property
-    def transposed(self) -> list[tf.Variable]:
-        # `Head.log_prob` has the batch last: [P, B] times [B, H] takes XLA's CPU less than half as
-        # long as what would be [H, B] times [B, P], of which both would be transposed first.
-        return [self.head.kernel]
-
-    @property
     def xla(self) -> bool:
         return getattr(self.backbone, "xla", True)
 

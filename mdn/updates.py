@@ -76,8 +76,6 @@ class FusedAdam:
         optimizer: one that `supports` says yes to.
         variables: all that it was built for.
         members: M of an ensemble, each of which is clipped by a norm of its own.
-        transposed: those of the variables, [.., H, P], whose gradient is the faster product when
-            it is computed as [.., P, H].
     """
 
     def __init__(
@@ -85,15 +83,13 @@ class FusedAdam:
         optimizer: Any,
         variables: Sequence[tf.Variable],
         members: int = 1,
-        transposed: Sequence[tf.Variable] = (),
     ) -> None:
         self.optimizer = optimizer
         self.variables, self.members = variables, members
-        known = {variable.ref() for variable in transposed}
         small = [v for v in variables if v.shape.num_elements() <= LARGE]
         large = [v for v in variables if v.shape.num_elements() > LARGE]
         self.groups = [
-            _Group(optimizer, group, [variable.ref() in known for variable in group])
+            _Group(optimizer, group)
             for group in (small, *([variable] for variable in large))
             if group
         ]
@@ -109,7 +105,7 @@ class FusedAdam:
         )
 
     def start(self) -> State:
-        return [_flat(slots, group.transposed) for group in self.groups for slots in group.moments]
+        return [_flat(slots) for group in self.groups for slots in group.moments]
 
     def apply(self, pairs: Pairs, state: State) -> tuple[tf.Tensor, State]:
         optimizer = self.optimizer
@@ -139,7 +135,7 @@ class FusedAdam:
         """Return the gradients of each group as one vector: zeros where a variable has none."""
         found = {id(variable): gradient for gradient, variable in pairs}
         return [
-            _flat([found.get(id(v), tf.zeros(v.shape)) for v in group.variables], group.transposed)
+            _flat([found.get(id(v), tf.zeros(v.shape)) for v in group.variables])
             for group in self.groups
         ]
 
@@ -175,7 +171,7 @@ class FusedAdam:
         square += (tf.square(gradient) - square) * (1.0 - optimizer.beta_2)
         rate, corrected = rates
         change = corrected * mean / (tf.sqrt(square) + optimizer.epsilon)
-        parts = _split(change, group.variables, group.transposed)
+        parts = _split(change, group.variables)
         for variable, part, average in zip(group.variables, parts, group.averages, strict=True):
             if id(variable) not in found:
                 continue  # its gradient is zeros, and it stays as it is
@@ -187,19 +183,17 @@ class FusedAdam:
         return [mean, square]
 
     def finish(self, state: State) -> None:
-        slots = [(group, slots) for group in self.groups for slots in group.moments]
-        for (group, tensors), vector in zip(slots, state, strict=True):
-            for slot, part in zip(tensors, _split(vector, tensors, group.transposed), strict=True):
+        moments = [slots for group in self.groups for slots in group.moments]
+        for tensors, vector in zip(moments, state, strict=True):
+            for slot, part in zip(tensors, _split(vector, tensors), strict=True):
                 slot.assign(part)
 
 
 class _Group:
     """Variables whose moments are one vector, and the slots that Keras's Adam has for them."""
 
-    def __init__(
-        self, optimizer: Any, variables: Sequence[tf.Variable], transposed: Sequence[bool]
-    ):
-        self.variables, self.transposed = variables, transposed
+    def __init__(self, optimizer: Any, variables: Sequence[tf.Variable]):
+        self.variables = variables
         index = [optimizer._index_dict[optimizer._var_key(v)] for v in variables]
         self.moments = [
             [slots[i] for i in index] for slots in (optimizer._momentums, optimizer._velocities)
@@ -250,26 +244,11 @@ def clip_members(pairs: Pairs, norms: tf.Tensor, limit: float) -> Pairs:
     ]
 
 
-def _transpose(tensors: Sequence[Any], transposed: Sequence[bool]) -> list[Any]:
-    return [
-        tf.linalg.matrix_transpose(tensor) if flag else tensor
-        for tensor, flag in zip(tensors, transposed, strict=True)
-    ]
+def _flat(tensors: Sequence[Any]) -> tf.Tensor:
+    return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
 
 
-def _flat(tensors: Sequence[Any], transposed: Sequence[bool]) -> tf.Tensor:
-    return tf.concat(
-        [tf.reshape(tensor, [-1]) for tensor in _transpose(tensors, transposed)], axis=0
-    )
-
-
-def _split(
-    vector: tf.Tensor, like: Sequence[tf.Variable], transposed: Sequence[bool]
-) -> list[tf.Tensor]:
+def _split(vector: tf.Tensor, like: Sequence[tf.Variable]) -> list[tf.Tensor]:
     """Return the tensors of which `_flat` made the vector."""
     parts = tf.split(vector, [v.shape.num_elements() for v in like])
-    shapes = [
-        [*v.shape[:-2], v.shape[-1], v.shape[-2]] if flag else v.shape
-        for v, flag in zip(like, transposed, strict=True)
-    ]
-    return _transpose([tf.reshape(p, s) for p, s in zip(parts, shapes, strict=True)], transposed)
+    return [tf.reshape(part, v.shape) for part, v in zip(parts, like, strict=True)]

@@ -68,7 +68,7 @@ def test_every_head_has_the_density_that_the_map_says(name):
     np.testing.assert_allclose(
         head.log_prob(hidden, y), density.log_prob(y.astype("f")), rtol=1e-3, atol=1e-4
     )  # the way that training takes
-    params = tf.matmul(hidden, head.kernel) + head.bias
+    params = tf.matmul(hidden, head.kernel, transpose_b=True) + head.bias
     again = head.distribution(head.parameters(head.distribution(params)))
     np.testing.assert_allclose(
         again.log_prob(y.astype("f")), density.log_prob(y.astype("f")), rtol=1e-3, atol=1e-3

@@ -42,8 +42,8 @@ def with_start(problem: Problem, head: str = "Mixture") -> Problem:
     for name, (found, expected) in standard.items():
         if not np.allclose(found, expected, rtol=0.0, atol=1e-6):
             raise RuntimeError(f"{name} is {found.numpy()} and not {expected}: no equal terms")
-    weights = tuple(weight.numpy() for weight in _weights(model))
-    return dataclasses.replace(problem, weights=weights)
+    *weights, kernel, bias = [weight.numpy() for weight in _weights(model)]
+    return dataclasses.replace(problem, weights=(*weights, kernel.T, bias))
 
 
 def _model(problem: Problem, head: str) -> mdn.MDN:
@@ -85,7 +85,9 @@ class Ours(OnArrays):
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.model = _model(problem, self.head)
-        for variable, value in zip(_weights(self.model), problem.weights, strict=True):
+        *weights, kernel, bias = problem.weights
+        values = [*weights, kernel.T, bias]  # a head has its kernel as [P, H]
+        for variable, value in zip(_weights(self.model), values, strict=True):
             variable.assign(value)
 
     def loss(self, rows: int) -> float:

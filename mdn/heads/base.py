@@ -214,7 +214,7 @@ class Head(tfp.layers.DistributionLambda):
         """
         y = tf.cast(y, self.dtype)
         hidden = tf.reshape(tf.cast(hidden, self.dtype), [-1, hidden.shape[-1]])  # [B, H]
-        params = tf.matmul(self.kernel, hidden, transpose_a=True, transpose_b=True)  # [P, B]
+        params = tf.matmul(self.kernel, hidden, transpose_b=True)  # [P, B]
         params += self.bias[:, tf.newaxis]
         rows = tf.reshape(y, [1, -1, self.event_size])
         return tf.reshape(self.params_log_prob(params[tf.newaxis], rows), tf.shape(y)[:-1])
@@ -311,17 +311,21 @@ class Head(tfp.layers.DistributionLambda):
 
     def build(self, input_shape: Any) -> None:
         """Make the projection for hidden features [.., H]."""
-        kernel = tf_keras.initializers.VarianceScaling(self.kernel_scale**2, mode="fan_in")
+        # [P, H] and not as a Dense layer's [H, P]: so `log_prob`, its gradient and the optimizer
+        # have it in one order, and nothing of that size is transposed in a train step.
         self.kernel = self.add_weight(
             name="kernel",
-            shape=[input_shape[-1], self.params_size],
-            initializer=kernel,
+            shape=[self.params_size, input_shape[-1]],
+            initializer=tf_keras.initializers.VarianceScaling(
+                self.kernel_scale**2,
+                mode="fan_out",  # H
+            ),
             dtype=self.dtype,
         )
         super().build(input_shape)
 
     def call(self, inputs: tf.Tensor, *args: Any, **kwargs: Any) -> Any:
-        params = tf.tensordot(inputs, self.kernel, axes=[[-1], [0]]) + self.bias  # [.., P]
+        params = tf.tensordot(inputs, self.kernel, axes=[[-1], [1]]) + self.bias  # [.., P]
         params.set_shape([*inputs.shape[:-1], self.params_size])
         return super().call(params, *args, **kwargs)
 
