@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mdn.density.packed import _packed, _rows
+from mdn.density.packed import _packed_product, _rows
 from mdn.density.positivity import POSITIVITY
 from mdn.heads import Diag, Mixture, MixtureDiag, MixtureLowRank, MixturePrecision, TriL
 
@@ -27,7 +27,18 @@ def test_rows_are_those_of_fill_triangular(d):
     rows = _rows(tf.constant(packed), d)
     for i, row in enumerate(rows):
         np.testing.assert_array_equal(np.moveaxis(row.numpy(), 1, -1), triangle[..., i, : i + 1])
-    np.testing.assert_array_equal(_packed(rows), packed)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5, 8, 11])
+def test_products_are_packed_as_fill_triangular_packs(d):
+    import tensorflow_probability as tfp
+
+    left, right, diag = np.random.default_rng(0).standard_normal([3, 2, d, 4])
+    dense = np.einsum("kib,kjb->kbij", left, right)
+    dense[..., range(d), range(d)] = np.moveaxis(diag, 1, -1)
+    packed = tfp.math.fill_triangular_inverse(np.tril(dense)).numpy()  # [2, 4, T]
+    found = _packed_product(*map(tf.constant, (left, right, diag)))
+    np.testing.assert_array_equal(np.moveaxis(found.numpy(), 1, -1), packed)
 
 
 @pytest.mark.parametrize("positivity", POSITIVITY)

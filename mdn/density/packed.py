@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 
 from mdn.density.gaussian import LOG_2_PI
@@ -65,12 +66,7 @@ def _tril_log_prob(
                 tape.watch(raw_diag)
                 again = positive(raw_diag)
             by_diag = tape.gradient(again, raw_diag, weighted * z - upstream[:, tf.newaxis] / diag)
-            # By L: w z^T below the diagonal.
-            by_rows = [
-                tf.concat([weighted[:, i : i + 1] * z[:, :i], by_diag[:, i : i + 1]], axis=1)
-                for i in range(d)
-            ]
-            return -weighted, _packed(by_rows)
+            return -weighted, _packed_product(weighted, z, by_diag)  # by L: w z^T
 
         return tf.reduce_sum(terms, axis=1), gradient
 
@@ -121,12 +117,8 @@ def packed_precision_log_prob(
                 tape.watch(raw_diag)
                 again = diagonal(raw_diag)
             by_diag = tape.gradient(again, raw_diag, upstream / diag - residual * weighted)
-            # By P: -r z^T below the diagonal.
-            by_rows = [
-                tf.concat([-residual[:, i : i + 1] * weighted[:, :i], by_diag[:, i : i + 1]], 1)
-                for i in range(d)
-            ]
-            return -tf.stack(by_residual, axis=1), _packed(by_rows)
+            by_raw = _packed_product(-residual, weighted, by_diag)  # by P: -r z^T
+            return -tf.stack(by_residual, axis=1), by_raw
 
         return tf.reduce_sum(terms, axis=1), gradient
 
@@ -217,13 +209,25 @@ def _rows(raw: tf.Tensor, d: int) -> list[tf.Tensor]:
     ]
 
 
-def _packed(rows: list[tf.Tensor]) -> tf.Tensor:
-    """Return packed entries [K, T, B] of the rows of the triangle: the inverse of `_rows`."""
-    parts = []
-    for row, slices in zip(rows, _slices(len(rows)), strict=True):
-        at = 0
-        for start, stop, backward in slices:
-            part = row[:, at : at + stop - start]
-            parts.append((start, tf.reverse(part, [1]) if backward else part))
-            at += stop - start
-    return tf.concat([part for _, part in sorted(parts, key=lambda p: p[0])], axis=1)
+def _packed_product(left: tf.Tensor, right: tf.Tensor, diag: tf.Tensor) -> tf.Tensor:
+    """Return the packed entries [K, T, B] of the triangle of left right^T with another diagonal.
+
+    Each is the product of two that are gathered, in one pass over the memory: rows that are
+    computed one by one have to be laid side by side again.
+
+    Args:
+        left: [K, D, B].
+        right: [K, D, B].
+        diag: [K, D, B], the diagonal.
+    """
+    d = left.shape[1]
+    row, column = np.zeros([2, d * (d + 1) // 2], np.int32)
+    for i, slices in enumerate(_slices(d)):
+        places = np.concatenate(
+            [np.arange(start, stop)[:: -1 if backward else 1] for start, stop, backward in slices]
+        )
+        row[places], column[places] = i, np.arange(i + 1)
+        row[places[-1]], column[places[-1]] = d + i, d  # the diagonal times one
+    ones = tf.ones_like(right[:, :1])
+    left, right = tf.concat([left, diag], axis=1), tf.concat([right, ones], axis=1)
+    return tf.gather(left, row, axis=1) * tf.gather(right, column, axis=1)

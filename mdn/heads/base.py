@@ -236,7 +236,14 @@ class Head(tfp.layers.DistributionLambda):
         k, d = self.components, self.event_size
         m, n = params.shape[0], tf.shape(params)[2]
         sizes = {name: math.prod(shape) for name, shape in self.layout.items()}
-        parts = dict(zip(sizes, tf.split(params, list(sizes.values()), axis=1), strict=True))
+        # Of one head without the first axis: XLA would make the gradient once with it and once
+        # without.
+        flat = tf.squeeze(params, 0) if m == 1 else params
+        split = tf.split(flat, list(sizes.values()), axis=-2)
+        parts = {
+            name: tf.reshape(part, [m, sizes[name], n])
+            for name, part in zip(sizes, split, strict=True)
+        }
         unit = tf.transpose((y - self.y_loc) / self.y_scale, [0, 2, 1])  # [M, D, B]
         residual = unit[:, tf.newaxis] - tf.reshape(parts["loc"], [m, k, d, n])
         packed = {
