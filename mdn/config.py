@@ -175,9 +175,12 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         if group in _known_groups() and name not in _choices(group):
             choices = ", ".join(_choices(group))
             return f"{group}={name}: there is no such {group}; choose one of {choices}"
-    group = re.search(r"Could not override '([^']+)'.*No match in the defaults list", text, re.S)
-    if group:
-        return f"{group.group(1)} is no group{_suggest(group.group(1), _known_groups())}"
+    no_group = re.search(
+        r"Could not override '([^']+)'.*No match in the defaults list", text, re.S
+    )
+    if no_group:
+        group = no_group.group(1)
+        return f"{group} is no group{_suggest(group, _known_groups())}"
     return f"{' '.join(overrides)}: {_one_line(error)}"
 
 

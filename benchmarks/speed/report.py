@@ -211,6 +211,16 @@ def _profile(results: Results) -> str:
     for part in results.parts[names[0]]:
         found = [_find(results.parts[name], part.key) for name in names]
         lines.append([part.label, *(_microseconds(e) for e in found)])
+    floors = {name: _floor(results.parts[name]) for name in names}
+    lines.append(
+        ["both, TensorFlow's XLA", *("-" if f is None else f"{f:,.0f}" for f in floors.values())]
+    )
+    beyond = [
+        name
+        for name, peer in peers.items()
+        if peer is not None and peer.spread is not None
+        if (floors[name] or 0.0) > peer.spread.median
+    ]
     return (
         "## Where a step's time goes, microseconds\n\n"
         f"{_table(['', *names], lines)}\n"
@@ -218,9 +228,23 @@ def _profile(results: Results) -> str:
         "operation, and to those that two threads share more. The last ones are medians of "
         f"{results.repeats} rounds, interleaved: the products of a step's forward and backward "
         "pass and nothing between them, in the fastest of four layouts, and Adam's update of all "
-        "weights as one vector, each compiled as one loop from the same lines by both. A "
-        "step of `mdn`, which TensorFlow's XLA compiles, can hardly take less than it for both.\n"
+        "weights as one vector, each compiled as one loop from the same lines by both.\n\n"
+        + (
+            f"{' and '.join(beyond)}: these two parts alone, as TensorFlow's XLA compiles them, "
+            "take longer than a whole step of the best peer, which another XLA compiles. No step "
+            "in Keras can be as fast.\n"
+            if beyond
+            else ""
+        )
     )
+
+
+def _floor(parts: Sequence[Entrant]) -> float | None:
+    """Return the sum of the medians of the parts that TensorFlow's XLA compiles."""
+    spreads = [part.spread for part in parts if part.key.endswith("-tensorflow")]
+    if not spreads or None in spreads:
+        return None
+    return sum(spread.median for spread in spreads if spread is not None)
 
 
 def _cost(cost: Mapping[str, Sequence[Entrant]]) -> str:
