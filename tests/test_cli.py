@@ -18,9 +18,18 @@ from click.testing import CliRunner
 from forks import ROOT, Fork
 
 from mdn.cli.main import command, main
+from mdn.cli.progress import progress_bar
 from mdn.config import compose_config
 from mdn.errors import ConfigError, MDNError, RunError
-from mdn.finished import data_of, evaluate_run, export_run, load_run, plot_run
+from mdn.export import directory_size
+from mdn.finished import (
+    data_of,
+    describe_artefact,
+    evaluate_run,
+    export_run,
+    load_run,
+    plot_run,
+)
 from mdn.listing import find_runs, print_runs
 
 # On one worker, which makes the fixtures once.
@@ -152,6 +161,17 @@ def test_light_commands_import_no_tensorflow(words, tmp_path):
     assert done.stdout.splitlines()[-1] == "False False"
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_where_somebody_looks(terminal, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    with progress_bar() as progress:
+        progress(65_536, 0.25)
+    said = re.sub(r"\x1b\[[\d;?]*\w", "", capsys.readouterr().err)
+    assert ("25 % 65,536 rows" in said) == terminal
+
+
 # ---------------------------------------------------------------------- finished runs
 
 
@@ -207,6 +227,12 @@ def test_export_does_not_overwrite_unless_asked(run, tmp_path):
     assert description["config"]["k"] == 2
     assert description["targets"] == ["price"]
     export_run(run, output=path, overwrite=True)
+    size, *lines = describe_artefact(path)
+    assert size == f"{path}: {directory_size(path) / 1e6:.1f} MB, 8 signatures"
+    assert "  quantile(size, kind, p) -> quantile" in lines
+    assert "  no serving_matrix: feature 'kind' is a category, not a number" in lines
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["export/bytes"] == directory_size(run / "saved_model")
 
 
 def test_export_says_what_a_format_cannot_hold(run, tmp_path):
@@ -295,9 +321,8 @@ def test_wheel_in_an_empty_environment_trains_predicts_and_serves(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("mdn-*.whl")
-    assert {"mdn/configs/config.yaml", "mdn/serving/page.html"} <= set(
-        zipfile.ZipFile(wheel).namelist()
-    )
+    carried = {"mdn/configs/config.yaml", "mdn/serving/page.html", "mdn/py.typed"}
+    assert carried <= set(zipfile.ZipFile(wheel).namelist())
     # Of this environment all but mdn itself, so that nothing has to be downloaded.
     home = tmp_path / "home"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
