@@ -61,12 +61,16 @@ def find_runs(folder: str | os.PathLike[str]) -> list[Run]:
 
 def _directories(place: Path) -> Iterator[Path]:
     """Yield the run directories; there is none inside of another."""
-    if (place / ".hydra" / "config.yaml").is_file():
-        yield place
+    try:
+        if (place / ".hydra" / "config.yaml").is_file():
+            yield place
+            return
+        visible = [child for child in place.iterdir() if not child.name.startswith(".")]
+        folders = sorted(child for child in visible if child.is_dir() and not child.is_symlink())
+    except OSError:  # a folder that may not be read, or has gone
         return
-    for child in sorted(place.iterdir()):
-        if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
-            yield from _directories(child)
+    for folder in folders:
+        yield from _directories(folder)
 
 
 def _read(path: Path) -> Run:

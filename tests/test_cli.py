@@ -289,6 +289,20 @@ def test_runs_are_listed_best_first_by_their_rows(tmp_path, capsys, monkeypatch)
         print_runs(find_runs(tmp_path), "nope")
 
 
+def test_a_folder_that_may_not_be_read_hides_no_other_run(tmp_path, monkeypatch):
+    for name in ("a", "b/0", "c"):
+        write_run(tmp_path / name, "x", test__nll=1.0)
+    iterdir = Path.iterdir
+
+    def refuse(self):
+        if self.name == "b":
+            raise PermissionError(13, "Permission denied")
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert [run.path.name for run in find_runs(tmp_path)] == ["a", "c"]
+
+
 # ---------------------------------------------------------------------- whole commands
 
 
