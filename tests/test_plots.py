@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -86,6 +88,16 @@ def test_density_figure_suits_the_shapes(name):
         (low, high), (bottom, top) = axes.get_xlim(), axes.get_ylim()
         assert low < high
         assert bottom < top
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_names_with_two_dollars_are_no_mathematics(d):
+    data = make_data(1, d)
+    data = dataclasses.replace(data, features=("size_$",), targets=("price_$", "cost_$")[:d])
+    model, rows = make_model(data), data.test
+    names = {"targets": data.targets, "features": data.features}
+    for figure in (density_figure(model, data), report(model, rows.x, rows.y, **names).plot()):
+        figure.canvas.draw()
 
 
 @pytest.mark.parametrize("y", [[[np.nan, 1.0]] * 3, [[1.0, np.nan]] * 3, [[2.0, 3.0]]])
