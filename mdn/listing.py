@@ -122,7 +122,7 @@ def print_runs(runs: list[Run], key: str | None = None, console: Console | None 
     Raises:
         RunError: no finished run has the metric.
     """
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)  # names are shown as they are
     finished = [run for run in runs if run.metrics]
     if key is not None and not any(key in run.metrics for run in finished):
         known = sorted({name for run in finished for name in run.metrics})
@@ -134,7 +134,7 @@ def print_runs(runs: list[Run], key: str | None = None, console: Console | None 
         console.print(_table(sorted(group, key=lambda run: _rank(run, key)), key))
     for run in runs:
         if not run.metrics:
-            console.print(f"unfinished: {run.path} {run.overrides}", markup=False)
+            console.print(f"unfinished: {run.path} {run.overrides}")
     if not runs:
         console.print("no runs here")
 
@@ -159,12 +159,8 @@ def _table(runs: list[Run], key: str | None) -> Table:
     table.add_column("options", overflow="fold")
     for run in runs:
         cells = [_cell(run, name) for name in shown]
-        table.add_row(_plain(str(run.path)), *cells, _plain(run.overrides))
+        table.add_row(str(run.path), *cells, run.overrides)
     return table
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")  # which rich takes for markup
 
 
 def _cell(run: Run, name: str) -> str:

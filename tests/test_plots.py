@@ -91,13 +91,15 @@ def test_density_figure_suits_the_shapes(name):
 
 
 @pytest.mark.parametrize("d", [1, 2])
-def test_names_with_two_dollars_are_no_mathematics(d):
+def test_names_are_neither_mathematics_nor_markup(d):
     data = make_data(1, d)
-    data = dataclasses.replace(data, features=("size_$",), targets=("price_$", "cost_$")[:d])
-    model, rows = make_model(data), data.test
-    names = {"targets": data.targets, "features": data.features}
-    for figure in (density_figure(model, data), report(model, rows.x, rows.y, **names).plot()):
-        figure.canvas.draw()
+    names = {"features": ("size_$",), "targets": ("price_$[/m2]", "cost_$")[:d]}
+    data = dataclasses.replace(data, **names)
+    model = make_model(data)
+    density_figure(model, data).canvas.draw()
+    found = report(model, data.test.x, data.test.y, **names)
+    found.plot().canvas.draw()
+    assert "price_$[/m2]" in repr(found)
 
 
 @pytest.mark.parametrize("y", [[[np.nan, 1.0]] * 3, [[1.0, np.nan]] * 3, [[2.0, 3.0]]])
