@@ -21,12 +21,13 @@ FORMAT = 2
 DESCRIPTION = "mdn.json"
 
 # Operations, by their names, that read or write files, run Python, reach other hosts, or end the
-# process. No density needs one. The fourth line: those whose names do not tell it.
+# process. No density needs one. The last lines: those whose names do not tell it.
 _FORBIDDEN = re.compile(
     r"File|Filename|PyFunc|Dataset|Reader|Summary|Checkpoint|DataService|Bigtable|Lmdb|Rpc"
     r"|ImportEvent|LoadAndRemapMatrix|GenerateVocabRemapping|RemoteCall|TPU|Distributed"
-    r"|XlaCustomCall|^Save|^Restore|^Print|^Debug|^Dump|^Abort$|^_?Send|^_?Recv|^_?Host(Send|Recv)|^Collective"
-    r"|^RecordInput|UnigramCandidateSampler|^ImmutableConst|^(De|En)codeProto|IteratorFrom|^Copy"
+    r"|XlaCustomCall|^Save|Restore|^Print|^Debug|^Dump|^Abort$|^_?Send|^_?Recv|^_?Host(Send|Recv)|^Collective"
+    r"|^RecordInput|UnigramCandidateSampler|^Skipgram|^ImmutableConst|^(De|En)codeProto|^Copy"
+    r"|CalibrationStatistics|IteratorFrom"
 )
 # How every SavedModel stores and finds its variables. The loader has code of its own for that,
 # and calls none of them.
