@@ -229,7 +229,7 @@ def test_export_does_not_overwrite_unless_asked(run, tmp_path):
     export_run(run, output=path, overwrite=True)
     size, *lines = describe_artefact(path)
     assert size == f"{path}: {directory_size(path) / 1e6:.1f} MB, 8 signatures"
-    assert "  quantile(size, kind, p) -> quantile" in lines
+    assert "  quantile(kind, size, p) -> quantile" in lines
     assert "  no serving_matrix: feature 'kind' is a category, not a number" in lines
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["export/bytes"] == directory_size(run / "saved_model")
