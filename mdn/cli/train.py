@@ -77,7 +77,8 @@ def _first_job(overrides: Sequence[str]) -> list[str]:
         if override.is_hydra_override():
             continue
         if override.value_type in _LISTED:
-            word = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+            first = next(override.sweep_string_iterator(), "")
+            word = f"{override.get_key_element()}={first}"
         elif override.is_sweep_override():
             continue
         found.append(word)
