@@ -96,7 +96,7 @@ class Client:
         self.writer.close()
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, Any]:
-        """Return the status and the JSON of an answer."""
+        """Return the status and the JSON of an answer, or its bytes where that is none."""
         head = (
             f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         )
@@ -104,7 +104,11 @@ class Client:
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode().lower()
         length = re.search(r"content-length: (\d+)", head)
         content = await self.reader.readexactly(int(length[1]) if length else 0)
-        return int(head.split(" ", 2)[1]), json.loads(content)
+        status = int(head.split(" ", 2)[1])
+        try:
+            return status, json.loads(content)
+        except ValueError:
+            return status, content
 
 
 def requests(about: dict[str, Any], n: int, draws: int = 0) -> Iterator[bytes]:
