@@ -6,7 +6,9 @@ Shape letters: B batch, N rows.
 from __future__ import annotations
 
 import os
+import re
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+import mdn
 from mdn.compiled import CompiledModel
 from mdn.data.rows import ColumnNames, Rows
 from mdn.errors import RunError
@@ -138,8 +141,21 @@ class TrainedModel(CompiledModel):
         partial = path.with_name(f".{path.stem}.partial.keras")
         try:
             super().save(str(partial), **kwargs)
+            with zipfile.ZipFile(partial, "a") as archive:
+                archive.comment = f"mdn {mdn.__version__}".encode()  # which `written_by` reads
             os.replace(partial, path)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from error
         finally:
             partial.unlink(missing_ok=True)
+
+
+def written_by(path: str | os.PathLike[str]) -> str | None:
+    """Return the version of mdn that saved a `.keras` file, or None where it does not say."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            comment = archive.comment.decode("ascii")
+    except Exception:  # of a damaged archive zipfile raises half a dozen types
+        return None
+    found = re.fullmatch(r"mdn (\d[\w.+-]{0,40})", comment)
+    return None if found is None else found[1]

@@ -293,7 +293,7 @@ def _flatten(prefix: str, values: Values, targets: tuple[str, ...]) -> dict[str,
 
 def print_fit_table(metrics: Mapping[str, float], console: Console | None = None) -> None:
     """Print what was fitted beside the known answer, at most 80 columns wide."""
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)  # names are shown as they are
     known = any(key.startswith("answer/") for key in metrics)
     table = Table(title="fit", title_justify="left", title_style="bold")
     table.add_column("", overflow="ellipsis", no_wrap=True, max_width=40)

@@ -224,7 +224,7 @@ def mean_gain(gain: np.ndarray, rows: Rows) -> dict[str, float]:
 
 def print_table(metrics: dict[str, float], console: Console | None = None) -> None:
     """Print the metrics of `evaluate` as a small table, at most 80 columns wide."""
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)  # names are shown as they are
     title = f"{metrics['test/n']:,.0f} test rows"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("metric", overflow="ellipsis", no_wrap=True, max_width=40)

@@ -38,8 +38,13 @@ def write_figures(figures: Mapping[str, Figure], directory: str | Path) -> list[
 
 def style_axes(axes: Axes, x_label: str, y_label: str) -> None:
     """Label the axes, and give them the look that all pictures share."""
-    axes.set_xlabel(x_label, color=INK)
-    axes.set_ylabel(y_label, color=INK)
+    axes.set_xlabel(plain(x_label), color=INK)
+    axes.set_ylabel(plain(y_label), color=INK)
     axes.tick_params(color=GREY, labelcolor=INK, labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
+
+
+def plain(text: str) -> str:
+    """Return text with names in it as a label: what is between two $ would be mathematics."""
+    return text.replace("$", r"\$")

@@ -61,12 +61,16 @@ def find_runs(folder: str | os.PathLike[str]) -> list[Run]:
 
 def _directories(place: Path) -> Iterator[Path]:
     """Yield the run directories; there is none inside of another."""
-    if (place / ".hydra" / "config.yaml").is_file():
-        yield place
+    try:
+        if (place / ".hydra" / "config.yaml").is_file():
+            yield place
+            return
+        visible = [child for child in place.iterdir() if not child.name.startswith(".")]
+        folders = sorted(child for child in visible if child.is_dir() and not child.is_symlink())
+    except OSError:  # a folder that may not be read, or has gone
         return
-    for child in sorted(place.iterdir()):
-        if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
-            yield from _directories(child)
+    for folder in folders:
+        yield from _directories(folder)
 
 
 def _read(path: Path) -> Run:
@@ -118,7 +122,7 @@ def print_runs(runs: list[Run], key: str | None = None, console: Console | None 
     Raises:
         RunError: no finished run has the metric.
     """
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)  # names are shown as they are
     finished = [run for run in runs if run.metrics]
     if key is not None and not any(key in run.metrics for run in finished):
         known = sorted({name for run in finished for name in run.metrics})
@@ -130,7 +134,7 @@ def print_runs(runs: list[Run], key: str | None = None, console: Console | None 
         console.print(_table(sorted(group, key=lambda run: _rank(run, key)), key))
     for run in runs:
         if not run.metrics:
-            console.print(f"unfinished: {run.path} {run.overrides}", markup=False)
+            console.print(f"unfinished: {run.path} {run.overrides}")
     if not runs:
         console.print("no runs here")
 
@@ -155,12 +159,8 @@ def _table(runs: list[Run], key: str | None) -> Table:
     table.add_column("options", overflow="fold")
     for run in runs:
         cells = [_cell(run, name) for name in shown]
-        table.add_row(_plain(str(run.path)), *cells, _plain(run.overrides))
+        table.add_row(str(run.path), *cells, run.overrides)
     return table
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")  # which rich takes for markup
 
 
 def _cell(run: Run, name: str) -> str:

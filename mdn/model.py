@@ -15,10 +15,11 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+import mdn
 from mdn import backbones, losses
 from mdn import jitter as jitters
 from mdn.answers import AnsweringModel
-from mdn.base import TrainedModel
+from mdn.base import TrainedModel, written_by
 from mdn.constructors import check_model, import_trusted
 from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Features, Rows
@@ -478,7 +479,8 @@ def load(path: str | os.PathLike[str], compile: bool = True, *, trust: Sequence[
     Raises:
         ConfigError: there is no class of a name in `trust`.
         RunError: there is no such file, it is not a model that mdn saved, or it names a class that
-            is neither of mdn nor a harmless part of Keras.
+            is neither of mdn nor a harmless part of Keras. If another version of mdn wrote it, the
+            message says which.
     """
     path = Path(path)
     if not path.is_file():
@@ -489,13 +491,22 @@ def load(path: str | os.PathLike[str], compile: bool = True, *, trust: Sequence[
     try:
         check_model(path, trust, compile)
         model = tf_keras.models.load_model(path, compile=compile, safe_mode=True)
-    except RunError:
-        raise
+    except RunError as error:
+        if (other := _other_version(path)) is None:
+            raise
+        raise RunError(f"{error}; {other}") from error
     except Exception as error:  # ZIP, JSON, HDF5 and Keras raise a dozen types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise RunError(
-            f"{path} cannot be loaded ({reason}): is it a file that mdn saved?"
-        ) from error
+        remedy = _other_version(path) or "is it a file that mdn saved?"
+        raise RunError(f"{path} cannot be loaded ({reason}): {remedy}") from error
     if not isinstance(model, TrainedModel):
         raise RunError(f"{path} holds a {type(model).__name__}, not an MDN: load it with tf_keras")
     return model
+
+
+def _other_version(path: Path) -> str | None:
+    """Return, of a `.keras` file of another version of mdn, which can load it."""
+    written = written_by(path)
+    if written in (None, mdn.__version__):
+        return None
+    return f"mdn {written} wrote it, and can load it; this is mdn {mdn.__version__}"

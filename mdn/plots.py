@@ -25,7 +25,7 @@ from mdn.calibration.plots import calibration_figure
 from mdn.data.rows import Data, Features, Rows
 from mdn.data.splits import thin
 from mdn.evaluation import Evaluation, find_counted
-from mdn.figures import BLUE, GREY, INK, ORANGE, style_axes, write_figures
+from mdn.figures import BLUE, GREY, INK, ORANGE, plain, style_axes, write_figures
 from mdn.margins import Margins, as_mixture
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _draw_planes(
             shown = np.stack([y[row], one.quantile(0.01)[:2], one.quantile(0.99)[:2]])
             style = _MARKER | {"markevery": [0]}  # the others are for the limits alone
             title = f"mean: {first} {mean[row, 0]:.3g}, {second} {mean[row, 1]:.3g}"
-            axes.set_title(title, fontsize=10, color=INK)
+            axes.set_title(plain(title), fontsize=10, color=INK)
         limits = [_limits(column) for column in shown.T]
         # The leading block of a triangular factor is the factor of the margin.
         image = _draw_regions(axes, one, scale_tril[row, :, :2, :2], limits)
@@ -341,7 +341,7 @@ def _add_bar(
     figure: Figure, image: AxesImage, axes: Any, label: str, extend: str = "neither"
 ) -> Colorbar:
     bar = figure.colorbar(image, ax=axes, pad=0.02, extend=extend)
-    bar.set_label(label, color=INK)
+    bar.set_label(plain(label), color=INK)
     bar.ax.tick_params(color=GREY, labelcolor=INK, labelsize=9)
     bar.outline.set_visible(False)
     return bar

@@ -205,7 +205,7 @@ class _Answerer:
         self.model = model
         size = model.head.event_size
         self.targets = list(model.column_names.targets) or [f"y{i}" for i in range(size)]
-        self.names = ["mean", "stddev", *(f"q{p:g}" for p in quantiles)]
+        self.names = ["mean", "stddev", *(f"q{p}" for p in quantiles)]
         self.columns = [f"{target}_{name}" for target in self.targets for name in self.names]
         self.places = ["sequence", "step"] if steps else []
         self.sequences = 0  # before this block

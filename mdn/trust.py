@@ -21,11 +21,13 @@ FORMAT = 2
 DESCRIPTION = "mdn.json"
 
 # Operations, by their names, that read or write files, run Python, reach other hosts, or end the
-# process. No density needs one.
+# process. No density needs one. The last lines: those whose names do not tell it.
 _FORBIDDEN = re.compile(
     r"File|Filename|PyFunc|Dataset|Reader|Summary|Checkpoint|DataService|Bigtable|Lmdb|Rpc"
     r"|ImportEvent|LoadAndRemapMatrix|GenerateVocabRemapping|RemoteCall|TPU|Distributed"
-    r"|XlaCustomCall|^Save|^Restore|^Print|^Debug|^Dump|^Abort$|^_?Send|^_?Recv|^_?Host(Send|Recv)|^Collective"
+    r"|XlaCustomCall|^Save|Restore|^Print|^Debug|^Dump|^Abort$|^_?Send|^_?Recv|^_?Host(Send|Recv)|^Collective"
+    r"|^RecordInput|UnigramCandidateSampler|^Skipgram|^ImmutableConst|^(De|En)codeProto|^Copy"
+    r"|CalibrationStatistics|IteratorFrom"
 )
 # How every SavedModel stores and finds its variables. The loader has code of its own for that,
 # and calls none of them.
@@ -84,7 +86,8 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     if found.get("format") != FORMAT:
         raise RunError(
             f"{path} has format {found.get('format', 1)!r}, written by mdn "
-            f"{found.get('mdn', '?')}; this version reads format {FORMAT}: export the run again"
+            f"{found.get('mdn', '?')}; this version reads format {FORMAT}: export the run again, "
+            "or take the version that wrote it"
         )
     _check_files(path, found)
     return found

@@ -18,9 +18,18 @@ from click.testing import CliRunner
 from forks import ROOT, Fork
 
 from mdn.cli.main import command, main
+from mdn.cli.progress import progress_bar
 from mdn.config import compose_config
 from mdn.errors import ConfigError, MDNError, RunError
-from mdn.finished import data_of, evaluate_run, export_run, load_run, plot_run
+from mdn.export import directory_size
+from mdn.finished import (
+    data_of,
+    describe_artefact,
+    evaluate_run,
+    export_run,
+    load_run,
+    plot_run,
+)
 from mdn.listing import find_runs, print_runs
 
 # On one worker, which makes the fixtures once.
@@ -71,9 +80,13 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", sorted(command.commands))
-def test_every_command_has_help_with_an_example(name):
-    if name == "train":  # whose options are Hydra's
-        assert "mdn train model=mixture" in command.commands[name].help
+def test_every_command_has_help_with_an_example(name, monkeypatch, capsys):
+    if name == "train":  # whose options, and whose help, are Hydra's
+        monkeypatch.setattr(sys, "argv", ["mdn", "train", "--help"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0
+        assert re.search(r"Example:\s+mdn train model=mixture", capsys.readouterr().out)
         return
     result = CliRunner().invoke(command, [name, "--help"], prog_name="mdn")
     assert result.exit_code == 0
@@ -97,6 +110,11 @@ def test_every_command_has_help_with_an_example(name):
         (["train", "kk=3"], "kk=3: kk is no option"),
         (["train", "data=csv", "data.path=none.csv"], "data.path=none.csv matches no file"),
         (["train", "data=npz"], "data.path is not set"),
+        (["train", "--bogus"], "unrecognized arguments: --bogus; see mdn train --help"),
+        (["train", "--cfg", "job", "kk=3"], "kk=3: kk is no option"),
+        (["train", "-m", "seed=0,1", "kk=1,2"], "kk=1: kk is no option"),
+        (["train", "-m", "seed=0,1", "k=none"], "k=none"),
+        (["train", "--experimental-rerun", "a.pickle"], "loads a pickle, which may run code"),
         (["serve", "none"], "none is no folder: give a run, or what mdn export wrote"),
         (["serve", "."], "is neither a run nor a SavedModel"),
         (["serve", ".", "--name", "a/b"], "name 'a/b': use letters and digits"),
@@ -141,6 +159,17 @@ def test_light_commands_import_no_tensorflow(words, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False False"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_where_somebody_looks(terminal, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    with progress_bar() as progress:
+        progress(65_536, 0.25)
+    said = re.sub(r"\x1b\[[\d;?]*\w", "", capsys.readouterr().err)
+    assert ("25 % 65,536 rows" in said) == terminal
 
 
 # ---------------------------------------------------------------------- finished runs
@@ -198,6 +227,12 @@ def test_export_does_not_overwrite_unless_asked(run, tmp_path):
     assert description["config"]["k"] == 2
     assert description["targets"] == ["price"]
     export_run(run, output=path, overwrite=True)
+    size, *lines = describe_artefact(path)
+    assert size == f"{path}: {directory_size(path) / 1e6:.1f} MB, 8 signatures"
+    assert "  quantile(kind, size, p) -> quantile" in lines
+    assert "  no serving_matrix: feature 'kind' is a category, not a number" in lines
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["export/bytes"] == directory_size(run / "saved_model")
 
 
 def test_export_says_what_a_format_cannot_hold(run, tmp_path):
@@ -254,6 +289,20 @@ def test_runs_are_listed_best_first_by_their_rows(tmp_path, capsys, monkeypatch)
         print_runs(find_runs(tmp_path), "nope")
 
 
+def test_a_folder_that_may_not_be_read_hides_no_other_run(tmp_path, monkeypatch):
+    for name in ("a", "b/0", "c"):
+        write_run(tmp_path / name, "x", test__nll=1.0)
+    iterdir = Path.iterdir
+
+    def refuse(self):
+        if self.name == "b":
+            raise PermissionError(13, "Permission denied")
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert [run.path.name for run in find_runs(tmp_path)] == ["a", "c"]
+
+
 # ---------------------------------------------------------------------- whole commands
 
 
@@ -286,27 +335,20 @@ def test_wheel_in_an_empty_environment_trains_predicts_and_serves(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("mdn-*.whl")
-    assert {"mdn/configs/config.yaml", "mdn/serving/page.html"} <= set(
-        zipfile.ZipFile(wheel).namelist()
-    )
+    carried = {"mdn/configs/config.yaml", "mdn/serving/page.html", "mdn/py.typed"}
+    assert carried <= set(zipfile.ZipFile(wheel).namelist())
     # Of this environment all but mdn itself, so that nothing has to be downloaded.
     home = tmp_path / "home"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python")]
+    subprocess.run([*pip, "install", "--no-deps", "-q", str(wheel)], check=True)
     (site,) = home.glob("lib/python*/site-packages")
-    target = ["--no-deps", "-q", "--target", str(site), str(wheel)]
-    subprocess.run([sys.executable, "-m", "pip", "install", *target], check=True)
-    import numpy
-
-    (site / "others.pth").write_text(str(Path(numpy.__file__).parent.parent) + "\n")
+    (site / "others.pth").write_text(str(Path(np.__file__).parent.parent) + "\n")
     rows(200).to_csv(tmp_path / "rows.csv", index=False)
-    script = (
-        f"import mdn; assert mdn.__file__.startswith({str(site)!r}); "
-        "from mdn.cli.main import main; main()"
-    )
 
-    def start(*words):
+    def start(*words, program="mdn"):
         return subprocess.Popen(
-            [home / "bin" / "python", "-c", script, *words],
+            [home / "bin" / program, *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -314,12 +356,13 @@ def test_wheel_in_an_empty_environment_trains_predicts_and_serves(tmp_path):
             env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         )
 
-    def call(*words):
-        process = start(*words)
+    def call(*words, **options):
+        process = start(*words, **options)
         out, err = process.communicate()
         assert process.returncode == 0, err
         return out
 
+    assert call("-c", "import mdn; print(mdn.__file__)", program="python").startswith(str(site))
     call(
         *("train", "data=csv", "data.path=rows.csv", "data.targets=[price]", "k=2"),
         *("trainer.epochs=1", "trainer.batch_size=32", "backbone.widths=[8]"),
@@ -347,7 +390,3 @@ def test_wheel_in_an_empty_environment_trains_predicts_and_serves(tmp_path):
     finally:
         service.kill()
         service.communicate()
-    names = zipfile.ZipFile(wheel).read(
-        f"{wheel.name.removesuffix('-py3-none-any.whl')}.dist-info/entry_points.txt"
-    )
-    assert b"mdn = mdn.cli.main:main" in names

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 import mdn
 from mdn import MDN, backbones, heads
+from mdn.base import written_by
 from mdn.cli.main import command
 from mdn.config import compose_config
 from mdn.constructors import check_model
@@ -194,6 +195,11 @@ HARMFUL = {
         "class_name": "StringLookup",
         "config": {"vocabulary": "rows.csv"},
     },
+    "lambda": {
+        "module": "keras.layers",
+        "class_name": "Lambda",
+        "config": {"function": ["4wEAAAA=", None, None], "function_type": "lambda"},
+    },
     "type": {
         "module": "antigravity",
         "class_name": "__typespec__",
@@ -219,6 +225,30 @@ def test_files_that_keras_reads_in_other_ways_are_refused(original, tmp_path):
     path = shutil.copy(original / "model.keras", tmp_path / "model.h5")
     with pytest.raises(RunError, match=r"model\.h5 is no \.keras file by its name"):
         mdn.load(path)
+
+
+def test_the_version_that_can_load_a_file_is_named(original, tmp_path):
+    path = shutil.copy(original / "model.keras", tmp_path)
+    assert written_by(path) == mdn.__version__
+
+    def sign():
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.comment = b"mdn 9.9.1"
+
+    sign()
+    mdn.load(path)  # what can be read is read
+    for change in (
+        lambda config: config["config"]["head"].update(
+            class_name="Later", registered_name="Later"
+        ),
+        lambda config: config["config"].pop("missing"),
+    ):
+        shutil.copy(original / "model.keras", tmp_path)
+        rewrite(path, change)
+        sign()
+        with pytest.raises(RunError, match=r"mdn 9\.9\.1 wrote it, and can load it") as error:
+            mdn.load(path)
+        assert "\n" not in str(error.value)
 
 
 def test_optimizer_of_a_foreign_hand_is_not_looked_at_without_need(original, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import re
 import subprocess
@@ -13,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from rich.console import Console
 from scipy import stats
 
 import mdn
@@ -305,17 +303,18 @@ def test_targets_that_determine_each_other_have_a_finite_baseline():
 # ---------------------------------------------------------------------- table
 
 
-def test_table_shows_the_metrics_in_eighty_columns():
+def test_table_shows_the_metrics_in_eighty_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     y = draw(1000, 2)
     y[0, 0] = np.nan
-    data = dataclasses.replace(make_data(y, y, truth=None), targets=("price " * 20, "rate"))
+    targets = ("price " * 20, "rate :x:[/m]")  # which rich would take for an icon and for markup
+    data = dataclasses.replace(make_data(y, y, truth=None), targets=targets)
     metrics = evaluate(FixedModel(normal(2)), data).metrics
-    console = Console(file=io.StringIO(), width=200)
-    print_table({**metrics, "train/seconds": 3.0}, console)
-    lines = console.file.getvalue().splitlines()
+    print_table({**metrics, "train/seconds": 3.0})
+    lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
-    for shown in ("1,000 test rows", "RMSE of rate", "all targets"):
+    for shown in ("1,000 test rows", "RMSE of rate :x:[/m]", "all targets"):
         assert shown in text
     for key in ("test/nll", "test/nll_se", "baseline/nll", "baseline/nll_complete"):
         assert f"{metrics[key]:.4f}" in text

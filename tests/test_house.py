@@ -78,3 +78,22 @@ def test_what_must_be_light_waits_for_no_tensorflow():
         assert module not in roots, f"{module} imports TensorFlow"
         seen.add(module)
         waiting += {*imported(MODULES[module], whole=False)} - seen
+
+
+def test_nothing_runs_code_that_it_reads():
+    """No built-in that runs text, no module that unpickles, no layer that holds a function."""
+    modules = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+    calls = {"eval", "exec", "compile", "read_pickle", "enable_unsafe_deserialization"}
+    for module, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+                assert not {name.split(".")[0] for name in names} & modules, module
+            elif isinstance(node, ast.Call):
+                assert getattr(node.func, "id", "") not in calls, module
+                assert getattr(node.func, "attr", "") not in calls - {"compile"}, module
+                given = {word.arg: getattr(word.value, "value", True) for word in node.keywords}
+                assert not given.get("allow_pickle"), module
+                assert given.get("safe_mode", True), module
+            elif isinstance(node, ast.Attribute):
+                assert node.attr != "Lambda", module

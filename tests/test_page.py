@@ -116,6 +116,18 @@ def curve(page, target):
     return low + share * (high - low), heights / heights.max()
 
 
+def contours(page, across, up):
+    """Return the points of each contour, in the units of the targets."""
+    low, high = (
+        np.array([float(page.get_attribute(f"#given-{d}-slider", end)) for d in (across, up)])
+        for end in ("min", "max")
+    )
+    for path in page.locator("path.contour").all():
+        points = np.array(re.findall(r"[ML](\S+?) ([\d.]+)", path.get_attribute("d")), float)
+        share = (points - [72, 440 - 52]) / [760 - 18 - 72, 26 + 52 - 440]
+        yield low + share * (high - low)
+
+
 def assert_picture(page, path):
     """Assert that the chart is drawn: of more than a few colours, most of them not the paper's."""
     page.screenshot(path=str(path), full_page=True)
@@ -169,7 +181,13 @@ def test_several_targets_are_conditioned_by_sliders(open_page, tmp_path):
     ready(page)
     density = model.predict_distribution(np.array([[0.5, -1.0]]))
     assert page.inner_text("#title") == "p(a, b, <i>c</i> | x)"
-    assert page.locator("path.contour").count() == 3
+    pair = density.marginal([0, 1])
+    draws = pair.log_prob(pair.sample(20_000, seed=(1, 2))).numpy()
+    found = list(contours(page, 0, 1))
+    for share, points in zip((0.5, 0.8, 0.95), found, strict=True):
+        along = pair.log_prob(points[:, np.newaxis].astype("f")).numpy()
+        assert along.std() < 0.05
+        assert (draws > along.mean()).mean() == pytest.approx(share, abs=0.02)
     move(page, "#given-2-slider", 1.0)
     given = float(page.input_value("#given-2-slider"))
     expected = density.condition({2: given})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -86,6 +88,18 @@ def test_density_figure_suits_the_shapes(name):
         (low, high), (bottom, top) = axes.get_xlim(), axes.get_ylim()
         assert low < high
         assert bottom < top
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_names_are_neither_mathematics_nor_markup(d):
+    data = make_data(1, d)
+    names = {"features": ("size_$",), "targets": ("price_$[/m2]", "cost_$")[:d]}
+    data = dataclasses.replace(data, **names)
+    model = make_model(data)
+    density_figure(model, data).canvas.draw()
+    found = report(model, data.test.x, data.test.y, **names)
+    found.plot().canvas.draw()
+    assert "price_$[/m2]" in repr(found)
 
 
 @pytest.mark.parametrize("y", [[[np.nan, 1.0]] * 3, [[1.0, np.nan]] * 3, [[2.0, 3.0]]])

@@ -11,6 +11,7 @@ import tensorflow as tf
 import tf_keras
 from forks import Fork
 
+import mdn
 from mdn import MDN, backbones, heads
 from mdn.density import GaussianMixture
 from mdn.density.given import condition_on_observed
@@ -200,18 +201,34 @@ def test_description_says_why_a_signature_is_left_out(columns, mixture, tmp_path
     assert "serving_matrix" not in signatures
 
 
-def test_description_explains_every_name_and_holds_the_configs(mixture):
+def test_description_explains_every_name_and_holds_the_configs(mixture, columns):
     model, _, description = mixture
-    for signature in description["signatures"].values():
-        for spec in (*signature["inputs"].values(), *signature["outputs"].values()):
-            assert spec["meaning"]
+    for described in (description, columns[2]):
+        for signature in described["signatures"].values():
+            for spec in (*signature["inputs"].values(), *signature["outputs"].values()):
+                assert spec["meaning"]
     assert description["format"] == 2
+    assert description["mdn"] == mdn.__version__
+    assert description["tensorflow"] == tf.__version__
     assert description["config"]["model"]["_target_"] == "mdn.heads.Mixture"
     again = MDN.from_config(description["model"])
     assert again.head.get_config() == model.head.get_config()
 
 
-def test_size_is_that_of_the_files(mixture, tmp_path):
+def test_columns_that_are_called_as_outputs_are(tmp_path):
+    x = {"x": X[:, 0], "mean": X[:, 1]}
+    _, signatures, description = export(tmp_path / "sm", heads.Diag(1), x=x, y=Y[:, :1])
+    named = signatures["mean_stddev"](x=tensor(X[:3, 0]), mean=tensor(X[:3, 1]))
+    matrix = signatures["serving_matrix"](x=tensor(X[:3]))
+    np.testing.assert_array_equal(named["mean"], matrix["mean"])
+    stated = description["signatures"]["mean_stddev"]
+    assert stated["inputs"]["mean"]["meaning"].startswith("the column 'mean': a number")
+    assert stated["outputs"]["mean"]["meaning"] == "in the units of y"
+    stated = description["signatures"]["serving_matrix"]["inputs"]
+    assert stated["x"]["meaning"].startswith("features, a row each")
+
+
+def test_size_is_that_of_the_files(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_bytes(b"123")
     (tmp_path / "c").write_bytes(b"4567")

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from tensorflow.core.framework import op_def_pb2
+from tensorflow.python.client import pywrap_tf_session
 
 from mdn import MDN, backbones, heads
 from mdn.errors import MDNError, RunError
 from mdn.export import export_saved_model
-from mdn.trust import FORMAT, check_graph, load_saved_model, read_description
+from mdn.trust import _FORBIDDEN, FORMAT, check_graph, load_saved_model, read_description
 
 # On one worker, which makes the fixtures once.
 pytestmark = pytest.mark.xdist_group("trust")
@@ -84,6 +86,13 @@ def saves(x):
     return {"y": x}
 
 
+def reads_words(x):
+    found = tf.random.fixed_unigram_candidate_sampler(
+        tf.constant([[1]], tf.int64), 1, 1, False, 2, vocab_file="/etc/hostname"
+    )
+    return {"y": tf.strings.as_string(found[0])}
+
+
 def deep(x):
     """A call in a branch of a loop's body."""
     inner = tf.function(lambda v: tf.io.read_file(v))
@@ -100,6 +109,7 @@ def deep(x):
         (prints_to_a_file, "PrintV2"),
         (reads_rows, "Dataset"),
         (saves, "SaveV2"),
+        (reads_words, "UnigramCandidateSampler"),
         (deep, "ReadFile"),
     ],
 )
@@ -109,6 +119,26 @@ def test_operations_that_touch_files_are_refused_by_name(function, operation, tm
         RunError, match=rf"could touch files or run code: the operation \w*{operation}"
     ):
         load_saved_model(path)
+
+
+# What an operation is given that touches files or reaches hosts, by the names in its definition.
+PLACE = re.compile(
+    r"file|path$|^dir$|directory|^prefix$|region_name|descriptor_source|address|^url|host_?name"
+)
+
+
+def test_every_operation_that_is_given_a_place_is_refused():
+    """Of all that this version of TensorFlow has, whatever they are called."""
+    buffer = pywrap_tf_session.TF_GetAllOpList()
+    known = op_def_pb2.OpList.FromString(pywrap_tf_session.TF_GetBuffer(buffer))
+    pywrap_tf_session.TF_DeleteBuffer(buffer)
+    given = {
+        op.name
+        for op in known.op
+        if any(PLACE.search(part.name) for part in (*op.input_arg, *op.attr))
+    }
+    assert len(given) > 30
+    assert {name for name in given if not _FORBIDDEN.search(name)} == set()
 
 
 def test_harmless_model_of_another_hand_is_loaded(tmp_path):

@@ -23,7 +23,7 @@ from mdn.calibration.uniformity import (
     relative_histogram,
     share_band,
 )
-from mdn.figures import BLUE, GREY, INK, RED, SERIES, style_axes
+from mdn.figures import BLUE, GREY, INK, RED, SERIES, plain, style_axes
 
 if TYPE_CHECKING:
     from mdn.calibration.summary import Report
@@ -98,7 +98,7 @@ def _draw_quantiles(axes: Axes, report: Report, shown: list[int]) -> None:
 def _draw_coverage(axes: Axes, report: Report, shown: list[int]) -> None:
     style_axes(axes, "level of the region", "share of y inside")
     for d, color in zip(shown, SERIES, strict=False):
-        label = report.targets[d] if len(report.targets) > 1 else "central intervals"
+        label = plain(report.targets[d]) if len(report.targets) > 1 else "central intervals"
         marks: dict[str, Any] = {"marker": "o", "markersize": 4, "markevery": [100, 180]}
         axes.plot(
             _LEVELS, report.coverage(_LEVELS, d), color=color, linewidth=1.8, label=label, **marks
@@ -169,7 +169,7 @@ def _draw_slices(figure: Any, chosen: list[Slice], report: Report) -> None:
         f"{_short(each.target, 12) + ': ' if many else ''}{_short(each.by)}  {_short(each.label)}"
         for each in chosen
     ]
-    panels[0].set_yticks(place, names)
+    panels[0].set_yticks(place, [plain(name) for name in names])
     panels[0].set_ylim(-0.7, len(chosen) - 0.3)
     off = sum(each.adjusted_p < 0.05 for each in report.slices)
     total = len(report.slices)
@@ -204,7 +204,7 @@ def sbc_figure(found: SBC) -> Figure:
             heights, np.linspace(0, 1, bins + 1), baseline=None, color=BLUE, linewidth=1.5
         )
         test = found.test_region() if title == found.region_name else found.test(title)
-        _title(above, f"{title}  p = {_p(test.p_value)}")
+        _title(above, f"{plain(title)}  p = {_p(test.p_value)}")
         above.set(xlim=(0, 1))
         order = np.sort(ranks)
         off = np.arange(1, n + 1) / n - order

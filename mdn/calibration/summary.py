@@ -204,7 +204,14 @@ class Report:
         return calibration_figure(self)
 
     def __repr__(self) -> str:
-        console = Console(file=io.StringIO(), width=96, color_system=None, force_jupyter=False)
+        console = Console(
+            file=io.StringIO(),
+            width=96,
+            color_system=None,
+            force_jupyter=False,
+            markup=False,  # names are shown as they are
+            emoji=False,
+        )
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("target", no_wrap=True, max_width=18, overflow="ellipsis")
         for heading in ("50 %", "90 %", "PIT p", "CRPS", "skill", "90 % width"):

@@ -5,10 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -17,21 +23,66 @@ from mdn.cli.failure import INTERRUPTED, fail
 from mdn.cli.quiet import import_tensorflow
 from mdn.config import check_config, compose_config, config_dir
 from mdn.data.files import SUFFIXES, find_files
-from mdn.errors import MDNError
+from mdn.errors import ConfigError, MDNError
 from mdn.options import FITTED
+
+_LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
 
 def main() -> None:
     """Run the command line; a mistake is one line on stderr and exit code 2."""
-    overrides = [word for word in sys.argv[1:] if not word.startswith("-")]
     try:
-        if len(overrides) == len(sys.argv) - 1:  # with a flag of Hydra's, Hydra answers itself
-            compose_config(overrides)
+        _check_words(sys.argv[1:])
         hydra.main(str(config_dir()), "config", version_base="1.3")(_job)()
     except MDNError as error:
         fail(error)
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Answer for mistakes in one line, before Hydra does in many.
+
+    Raises:
+        ConfigError: Hydra knows no such flag, or a config that it would make is wrong.
+    """
+    parser = get_args_parser()  # which `hydra.main` parses with
+    parser.error = _refuse  # type: ignore[method-assign]
+    found = parser.parse_args(words)
+    if found.experimental_rerun is not None:
+        raise ConfigError(
+            "--experimental-rerun loads a pickle, which may run code: to go on with a run, give "
+            "its output_dir"
+        )
+    if found.config_dir or found.config_path or found.config_name:
+        return  # it is not of this package's YAML files alone
+    if found.multirun:
+        compose_config(_first_job(found.overrides))
+    elif found.cfg or not any(word.startswith("-") for word in words):
+        compose_config(found.overrides)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"{message}; see mdn train --help")
+
+
+def _first_job(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a sweep's first job; without those that Hydra's sweepers choose."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException:
+        return list(overrides)  # of which the composition says what is wrong
+    found = []
+    for word, override in zip(overrides, parsed, strict=True):
+        if override.is_hydra_override():
+            continue
+        if override.value_type in _LISTED:
+            first = next(override.sweep_string_iterator(), "")
+            word = f"{override.get_key_element()}={first}"
+        elif override.is_sweep_override():
+            continue
+        found.append(word)
+    return found
 
 
 def _job(config: DictConfig) -> float | None:

@@ -29,6 +29,11 @@ from mdn.trust import DESCRIPTION, FORMAT, file_digests
 
 # The inputs that the signatures add to the features.
 RESERVED = ("y", "p", "level", "n", "seed")
+# What the input of a raw column holds: of a number, and of text.
+_KINDS = (
+    "a number as it stands in the table, NaN where missing; a date in days since 1970-01-01 UTC",
+    'text, "" where missing',
+)
 
 
 def export_saved_model(
@@ -318,9 +323,22 @@ def _describe(description: dict[str, Any], signatures: dict[str, Any]) -> dict[s
     """Return what `mdn.json` says of the artefact."""
     transformed = description.get("target_transform") is not None
 
+    columns = {
+        feature["input"]: feature["column"]
+        for feature in description["features"]
+        if feature["column"] is not None
+    }
+
     def state(name: str, spec: Any) -> dict[str, Any]:
         text = meaning(name, transformed)
         return _state(spec) | ({} if text is None else {"meaning": text})
+
+    def state_input(spec: Any) -> dict[str, Any]:
+        # A column may be called as an output is, or as the matrix of `serving_matrix`.
+        if spec.name not in columns or spec.shape.rank != 1:
+            return state(spec.name, spec)
+        column, kind = columns[spec.name], _KINDS[spec.dtype == tf.string]
+        return {**_state(spec), "meaning": f"the column {column!r}: {kind}"}
 
     return {
         "format": FORMAT,
@@ -330,7 +348,7 @@ def _describe(description: dict[str, Any], signatures: dict[str, Any]) -> dict[s
         "signatures": {
             name: {
                 "inputs": {
-                    spec.name: state(spec.name, spec)
+                    spec.name: state_input(spec)
                     for spec in tf.nest.flatten(function.structured_input_signature)
                 },
                 "outputs": {
