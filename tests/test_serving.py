@@ -306,6 +306,24 @@ def test_sequences_have_one_number_of_steps_and_their_answers_count_them():
         found(5, 5, Limits(max_values=14))
 
 
+def test_draws_and_quantiles_are_counted_for_each_component(served):
+    signatures = served["one"].signatures
+    features = {"floor_space": [50.0, 80.0], "kind": ["flat", "house"]}
+
+    def found(signature, limit, **shared):
+        body = text(signature_name=signature, inputs={**features, **shared})
+        return decode(body.encode(), signatures, Limits(max_terms=limit))
+
+    for signature, shared in (
+        ("quantile", {"p": [0.1, 0.5, 0.9]}),
+        ("sample", {"n": 3, "seed": [0, 1]}),
+    ):
+        assert found(signature, 12, **shared).terms == 3 * 2 * 2  # of two rows and two components
+        with pytest.raises(RequestError, match=r"6 numbers, each from 2 components.* at most 5"):
+            found(signature, 11, **shared)
+    assert found("mean_stddev", 1).terms == 0
+
+
 def test_flipped_bits_of_a_request_are_answered(three):
     rng = np.random.default_rng(0)
     whole = text(signature_name="condition", instances=[{"x": X[0], "y": [None, 1.5, None]}])

@@ -85,16 +85,18 @@ class Batcher:
         first = batch[0][0]
         if first.key is None:
             return batch
-        rows, values, others = first.size, first.values, []
+        rows, values, terms, others = first.size, first.values, first.terms, []
         for waiting in self._queue:
             call = waiting[0]
             if (
                 call.key == first.key
                 and rows + call.size <= self._limits.max_rows
                 and values + call.values <= self._limits.max_values
+                and terms + call.terms <= self._limits.max_terms
             ):
                 batch.append(waiting)
                 rows, values = rows + call.size, values + call.values
+                terms += call.terms
             else:
                 others.append(waiting)
         self._queue = collections.deque(others)

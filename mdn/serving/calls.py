@@ -49,11 +49,13 @@ class Signature:
         name: of the signature.
         inputs: name -> what it takes.
         outputs: name -> what it returns.
+        components: K, of the density that is asked.
     """
 
     name: str
     inputs: Mapping[str, Spec]
     outputs: Mapping[str, Spec]
+    components: int = 1
 
     @property
     def rows(self) -> list[str]:
@@ -102,6 +104,12 @@ class Call:
             for spec in self.signature.outputs.values()
         )
         return sum(each) * times * self.size
+
+    @property
+    def terms(self) -> int:
+        """How many numbers it takes to make draws or quantiles: one of each component for each."""
+        asked = "n" in self.shared or "p" in self.shared
+        return self.values * self.signature.components if asked else 0
 
     @functools.cached_property
     def key(self) -> Hashable:

@@ -240,6 +240,12 @@ def _check(call: Call, limits: Limits) -> None:
             f"the answer would have {call.values} numbers: ask for at most {limits.max_values}, "
             "with fewer rows or draws"
         )
+    if call.terms > limits.max_terms:
+        raise RequestError(
+            f"the answer would have {call.values} numbers, each from "
+            f"{call.signature.components} components: ask for at most "
+            f"{limits.max_terms // call.signature.components}"
+        )
 
 
 def _number(value: float) -> str:

@@ -18,4 +18,5 @@ class Limits:
     max_rows: int = _limit(4096, "Rows of a request, or of several that are answered at once.")
     max_samples: int = _limit(10_000, "Draws for each row.")
     max_values: int = _limit(1_000_000, "Numbers in an answer.")
+    max_terms: int = _limit(10_000_000, "Draws and quantiles of a request, times components.")
     max_waiting: int = _limit(1000, "Requests that wait for the model.")

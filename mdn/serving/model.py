@@ -92,11 +92,13 @@ class ServedModel:
         event_size = _event_size(self._functions) or len(self.about.targets) or None
         if not self.about.targets and event_size:
             self.about.targets = [f"y{i}" for i in range(event_size)]
+        components = _components(self._functions)
         self.signatures = {
             name: Signature(
                 name,
                 _specs(function.structured_input_signature[1], event_size, features),
                 _specs(function.structured_outputs, event_size),
+                components,
             )
             for name, function in sorted(
                 self._functions.items(), key=lambda item: item[0] != "serving_default"
@@ -181,6 +183,14 @@ def _event_size(functions: Mapping[str, Any]) -> int | None:
             if spec is not None and spec.shape[-1] is not None:
                 return int(spec.shape[-1])
     return None
+
+
+def _components(functions: Mapping[str, Any]) -> int:
+    """Return K, which the logits tell; a single normal has none."""
+    logits = (
+        functions["params"].structured_outputs.get("logits") if "params" in functions else None
+    )
+    return 1 if logits is None or logits.shape[-1] is None else int(logits.shape[-1])
 
 
 def _specs(
