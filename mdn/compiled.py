@@ -85,7 +85,7 @@ class _Loop:
         complete: "train" and "test": whether no row lacks some of its targets.
         ranks: "train" and "test": of the tensors of a chunk, which an ensemble takes in two ways.
         functions: the programs so far: ("train" or "test", complete, ranks) -> a function of an
-            iterator.
+            iterator; and Keras's own: ("train" or "test", complete, whether of one step).
         afresh: the metrics start at zero with the next chunk.
         last: the metrics after the last chunk.
         explained: why Keras's own loop runs, as the log has it already.
@@ -426,7 +426,7 @@ class CompiledModel(tf_keras.Model):
         for which, batches in (("train", train), ("test", test)):
             mine = isinstance(batches, Batches)
             setattr(loop, which, in_chunks and mine)
-            loop.complete[which] = in_chunks and mine and batches.complete
+            loop.complete[which] = mine and batches.complete
             if mine:
                 tensors = batches.chunks.element_spec[0]
                 loop.ranks[which] = tuple(tensor.shape.rank for tensor in tensors)
@@ -437,9 +437,12 @@ class CompiledModel(tf_keras.Model):
             else:
                 given.append((batches.unstacked(), batches.steps))
         spe = next((b.chunk for b in (train, test) if isinstance(b, Batches)), 1)
+        # Keras keeps its functions for batches of any rows, and for so many steps as it had first.
         functions = self.train_function, self.test_function
-        if in_chunks:  # Keras keeps functions for single batches, which are not for chunks
-            self.train_function = self.test_function = None
+        own = [(which, complete, spe == 1) for which, complete in loop.complete.items()]
+        self.train_function, self.test_function = (
+            None if in_chunks else loop.functions.get(key) for key in own
+        )
         self._steps_per_execution.assign(spe)
         try:
             yield given
@@ -449,8 +452,10 @@ class CompiledModel(tf_keras.Model):
             raise
         finally:
             self._steps_per_execution.assign(1)
-            if in_chunks:
-                self.train_function, self.test_function = functions
+            if not in_chunks:
+                made = zip(own, (self.train_function, self.test_function), strict=True)
+                loop.functions |= {key: function for key, function in made if function}
+            self.train_function, self.test_function = functions
             loop.train = loop.test = False
             loop.complete, loop.last = {}, None
 
@@ -461,7 +466,7 @@ class CompiledModel(tf_keras.Model):
 
     def make_train_function(self, force: bool = False) -> Callable:
         if not self._loop.train:
-            return super().make_train_function(force)
+            return self._own_loop("train_function", super().make_train_function, force)
         if FusedAdam.supports(self.optimizer, self.trainable_variables):
             update: Update = FusedAdam(self.optimizer, self.trainable_variables, self.stacked)
         else:
@@ -470,13 +475,39 @@ class CompiledModel(tf_keras.Model):
 
     def make_test_function(self, force: bool = False) -> Callable:
         if not self._loop.test:
-            return super().make_test_function(force)
+            return self._own_loop("test_function", super().make_test_function, force)
 
         def test(data: Any, update: Update, state: State) -> State:
             self.test_step(data)
             return state
 
         return self._chunk_function("test", test, None, self._test_counter)
+
+    def _own_loop(self, name: str, make: Callable[[bool], Callable], force: bool) -> Callable:
+        """Return the function of that name, as Keras makes it for its own loop.
+
+        One of several steps Keras leaves to autograph, which traces a step twice.
+        """
+        made, count = getattr(self, name), self._steps_per_execution
+        steps = count.numpy().item()
+        plain = steps == 1 or self.run_eagerly or self._cluster_coordinator
+        if plain or (made is not None and not force):
+            return make(force)
+        count.assign(1)
+        try:
+            step = make(True)
+        finally:
+            count.assign(steps)
+
+        @tf.function(autograph=False, reduce_retracing=True)
+        def several(iterator: Iterator) -> dict[str, tf.Tensor]:
+            state = tf.constant(1, count.dtype), step(iterator)
+            return tf.while_loop(
+                lambda i, _: i < count, lambda i, _: (i + 1, step(iterator)), state
+            )[1]
+
+        setattr(self, name, several)
+        return several
 
     def _chunk_function(
         self, which: str, step: Callable, update: Update | None, counter: tf.Variable

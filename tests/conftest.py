@@ -1,7 +1,10 @@
 """What the suite shares: TensorFlow once per worker, one thread of BLAS, the order of tests."""
 
+import functools
 import gc
 import os
+import sys
+import typing
 
 import numpy as np
 import pytest
@@ -18,6 +21,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Tracing makes objects by the hundred thousand, most of which live: look for the dead less often.
 gc.set_threshold(50_000, 20, 20)
+
+# For each of TensorFlow's questions whether a value is of a protocol, Python before 3.12 lists the
+# protocol's members anew.
+if sys.version_info < (3, 12):
+    typing._get_protocol_attrs = functools.cache(typing._get_protocol_attrs)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,6 +59,15 @@ def graph_answers(_answers_step_by_step, monkeypatch):
 def xla_answers(graph_answers, monkeypatch):
     """Let models answer by XLA at once, and not only for many rows."""
     monkeypatch.setattr("mdn.inference.FEW_BATCHES", 0)
+
+
+@pytest.fixture
+def eager_steps(monkeypatch):
+    """Let models train and evaluate step by step: to trace a step takes as long as dozens do."""
+    from mdn.compiled import CompiledModel
+
+    eager = functools.partialmethod(CompiledModel.compile, run_eagerly=True)
+    monkeypatch.setattr(CompiledModel, "compile", eager)
 
 
 @pytest.fixture

@@ -3,9 +3,13 @@
 Each is a process of its own all the same, with a runtime of its own, and can be killed.
 """
 
+import atexit
+import functools
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,3 +81,62 @@ def _begin(
     os.chdir(ROOT)
     sys.argv = words
     main()
+
+
+# ---------------------------------------------------------------------- TensorFlow alone
+
+_PLAIN = """
+import json, os, sys, traceback
+import tensorflow
+
+for line in sys.stdin:
+    program, words, folder, out, err = json.loads(line)
+    child = os.fork()
+    if not child:
+        for standard, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), standard)
+        os.chdir(folder)
+        sys.argv = ["-c", *words]
+        code = 1
+        try:
+            exec(program, {"__name__": "__main__"})
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+            if not isinstance(code, int):
+                print(code, file=sys.stderr)
+                code = 1
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@functools.cache
+def _plain() -> subprocess.Popen:
+    # With this variable TensorFlow itself imports tf_keras.
+    environment = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", _PLAIN], env=environment, **pipes)
+    atexit.register(process.kill)
+    return process
+
+
+def run_plain(program: str, words: list, folder: Path) -> subprocess.CompletedProcess:
+    """Run a program in a process that has imported TensorFlow and nothing else of ours.
+
+    Args:
+        program: Python.
+        words: its arguments, for `sys.argv`.
+        folder: where it runs, in which `out.txt` and `err.txt` are what it prints.
+    """
+    out, err = folder / "out.txt", folder / "err.txt"
+    words = [str(word) for word in words]
+    process = _plain()
+    process.stdin.write(json.dumps([program, words, str(folder), str(out), str(err)]) + "\n")
+    process.stdin.flush()
+    code = int(process.stdout.readline())
+    return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())

@@ -26,7 +26,8 @@ def make():
     tf_keras.utils.set_random_seed(0)
     model = mdn.MDN(mdn.heads.Mixture(1, 2), mdn.backbones.MLP([8], dropout=0.2))
     model.adapt(*rows())
-    model.compile(tf_keras.optimizers.Adam(0.02), jit_compile=False)
+    # To trace a step takes longer than all of these.
+    model.compile(tf_keras.optimizers.Adam(0.02), run_eagerly=True)
     return model
 
 
@@ -37,11 +38,11 @@ def train(model, directory, epochs=EPOCHS, keep=2, first_epoch=0, checkpoint=Non
     checkpoint.watch(others)
     x, y = rows()
     model.fit(
-        training_batches((x, y), 16, seed=0, first_epoch=first_epoch, chunk=1),
+        training_batches((x, y), 16, seed=0, first_epoch=first_epoch, complete=True),
         epochs=epochs,
         initial_epoch=first_epoch,
         steps_per_epoch=6,
-        validation_data=evaluation_batches((x[:20], y[:20]), 20),
+        validation_data=evaluation_batches((x[:20], y[:20]), 20, complete=True),
         callbacks=[*others, checkpoint],
         verbose=0,
     )
@@ -164,7 +165,7 @@ def test_nan_guard_names_the_row():
     x, y = rows()
     y[17] = 1e30
     guard = NanGuard(Rows(x, y), ["a", "b"], ["price"])
-    model.compile(tf_keras.optimizers.SGD(1e6), jit_compile=False)
+    model.compile(tf_keras.optimizers.SGD(1e6), run_eagerly=True)
     before = [w for w in model.get_weights() if w.dtype == np.float32]
     with pytest.raises(
         mdn.MDNError, match=r"became (nan|inf) in epoch 1; .*row 17 .*price=1e\+30"

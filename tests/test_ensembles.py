@@ -114,15 +114,18 @@ def test_variance_splits_in_two(kind):
 
 
 def fit_member(make, x, y, m, callbacks=(), epochs=3, rate=0.01):
-    """Return the model that a single run with seed SEED + m and fold m makes."""
+    """Return the model that a single run with seed SEED + m and fold m makes.
+
+    A few epochs are trained step by step, as to trace a step takes longer.
+    """
     tf_keras.utils.set_random_seed(SEED + m)
     model = mdn.MDN(*make())
     model.adapt(x, y, seed=SEED + m)
     arrays = model.as_arrays(x, y)
     learned, held_out = (tuple(a[rows[m]] for a in arrays) for rows in FOLDS)
-    model.compile(tf_keras.optimizers.Adam(rate), jit_compile=False)
+    model.compile(tf_keras.optimizers.Adam(rate), jit_compile=False, run_eagerly=epochs < 10)
     model.fit(
-        training_batches(learned, 16, seed=SEED + m, chunk=1),  # of more, Keras traces twice
+        training_batches(learned, 16, seed=SEED + m, complete=model.is_complete(arrays)),
         validation_data=evaluation_batches(held_out, 16) if callbacks else None,
         epochs=epochs,
         verbose=0,
@@ -138,9 +141,8 @@ def fit_ensemble(make, x, y, callbacks=(), epochs=3, rate=0.01, compiled=False):
     complete = model.is_complete(arrays)
     model.compile(tf_keras.optimizers.Adam(rate), jit_compile=compiled)
     held_out = evaluation_batches(arrays, 16, members=FOLDS[1], complete=complete)
-    order = {"seed": SEED, "chunk": None if compiled else 1}
     model.fit(
-        training_batches(arrays, 16, **order, members=FOLDS[0], complete=complete),
+        training_batches(arrays, 16, seed=SEED, members=FOLDS[0], complete=complete),
         validation_data=held_out if callbacks else None,
         epochs=epochs,
         verbose=0,
@@ -169,20 +171,13 @@ def test_member_is_the_model_of_a_single_run(name):
 STOPPED = {"epochs": 12, "rate": 0.1}  # so high that the validation loss goes up and down
 
 
-@functools.cache
-def stopped_alone(m):
-    single = EarlyStopping(patience=2)
-    return single, fit_member(*CASES["diag"], m, [single], **STOPPED)
-
-
-@pytest.mark.xdist_group("ensemble-stopping")
-@pytest.mark.parametrize("compiled", [False, True])
-def test_members_stop_as_they_would_alone(compiled):
+def test_members_stop_as_they_would_alone():
     stopping = MemberStopping(patience=2)
-    model = fit_ensemble(*CASES["diag"], [stopping], **STOPPED, compiled=compiled)
+    model = fit_ensemble(*CASES["diag"], [stopping], **STOPPED, compiled=True)
     ends = []
     for m in range(M):
-        single, alone = stopped_alone(m)
+        single = EarlyStopping(patience=2)
+        alone = fit_member(*CASES["diag"], m, [single], **STOPPED)
         assert stopping.best_epochs[m] == single.best_epoch
         assert stopping.bests[m] == pytest.approx(single.best, rel=1e-3)
         ends.append(single.best_epoch)
@@ -238,7 +233,7 @@ def test_as_in_keras(tmp_path):
     with pytest.raises(MDNError, match=r"call model\.adapt"):
         model.fit(X, Y)
     model.adapt(X, Y)
-    model.compile("adam")
+    model.compile("adam", run_eagerly=True)
     weight = np.ones(N)
     history = model.fit(
         X, Y, epochs=2, batch_size=50, validation_split=0.2, sample_weight=weight, verbose=0
@@ -324,7 +319,6 @@ def test_only_a_random_split_is_drawn_anew_for_each_member(split):
 
 TINY = (
     *("trainer.epochs=3", "trainer.batch_size=32", "trainer.verbose=0", "trainer.compiled=false"),
-    "trainer.steps_per_execution=1",  # of more, autograph traces a step twice
     *("callbacks.tensorboard.image_every=0", "backbone.widths=[8]", "data.seed=0"),
     *("data.rows=200", "data.validation_rows=64", "data.test_rows=64"),
 )
@@ -364,7 +358,7 @@ def test_run_writes_what_a_single_one_does(finished):
 
 
 @one_worker
-def test_first_member_is_the_run_without_an_ensemble(finished, tmp_path, bare_runs):
+def test_first_member_is_the_run_without_an_ensemble(finished, tmp_path, bare_runs, eager_steps):
     directory, _ = finished
     run(tmp_path / "single")
     assert_same_weights(
@@ -397,7 +391,7 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(finished, tmp_path, monke
 
 
 @one_worker
-def test_init_from_an_ensemble(finished, tmp_path, bare_runs):
+def test_init_from_an_ensemble(finished, tmp_path, bare_runs, eager_steps):
     directory, metrics = finished
     slow = ("optimizer.learning_rate=1e-12", "trainer.epochs=1", f"init_from={directory}")
     again = run(tmp_path / "again", "ensemble=2", *slow)

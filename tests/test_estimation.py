@@ -1,13 +1,11 @@
 """model=distribution: each question of `configs/experiment` reaches its known answer."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from forks import run_plain
 from scipy import stats
 
 import mdn
@@ -247,10 +245,8 @@ assert not {"mdn", "tensorflow_probability", "tf_keras"} & set(sys.modules)
 np.savez("answers.npz", log_prob=answers["log_prob"](y=y)["log_prob"], draws=draws[0],
          mean=moments["mean"], stddev=moments["stddev"], loc=moments["loc"])
 """
-    # With this variable TensorFlow itself imports tf_keras.
-    environment = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
-    command = [sys.executable, "-c", program]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=environment)
+    done = run_plain(program, [], tmp_path)
+    assert done.returncode == 0, done.stderr
     answers = np.load(tmp_path / "answers.npz")
     np.testing.assert_allclose(answers["log_prob"], mixture.log_prob(y), atol=1e-5)
     np.testing.assert_allclose(answers["mean"], mixture.mean(), atol=1e-5)

@@ -145,6 +145,7 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
 def test_a_cell_is_what_it_says(monkeypatch):
     tiny = ["k=1", "ensemble=1", "trainer.epochs=60", "trainer.batch_size=32", "trainer.verbose=0"]
     monkeypatch.setattr(known_truth, "recipe", lambda n: tiny)
+    monkeypatch.setattr(known_truth, "TEST_ROWS", 5_000)
     found = known_truth.train("linear_gaussian", 1000, 0)
     assert found["entropy"] == pytest.approx(-3.1930, abs=1e-3)
     # The paired mean, and the difference of two means, agree up to the error of the latter.

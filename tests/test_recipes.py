@@ -63,18 +63,14 @@ def test_mistakes_in_a_config(overrides, message):
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch):
+def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch, eager_steps):
     variants = {"as given": {}, "still": {"optimizer.learning_rate": 1e-12}}
     variants["smooth"] = {"embedding": None}
     variants["wild"] = {"optimizer.learning_rate": 1e30}
     monkeypatch.setattr(recipes, "VARIANTS", variants)
     tiny = ("ensemble=2", "folds=2", "k=2", "backbone.widths=[4]", "embedding.bins=2")
-    tiny += ("trainer.steps=40", "trainer.epochs=2", "trainer.verbose=0", "trainer.warmup=2")
-    tiny += (
-        "trainer.compiled=false",
-        "trainer.steps_per_execution=1",
-        "callbacks.tensorboard=null",
-    )
+    tiny += ("trainer.steps=20", "trainer.epochs=2", "trainer.verbose=0", "trainer.warmup=2")
+    tiny += ("trainer.compiled=false", "callbacks.tensorboard=null")
     tiny += ("data.test_rows=50", "data.validation_rows=50", "optimizer.learning_rate=0.03")
     run = tmp_path / "run"
     config = compose_config([*TABULAR, *tiny, f"output_dir={run}"])

@@ -5,12 +5,10 @@ import socket
 
 import numpy as np
 import pytest
-from forks import Fork
+from forks import Fork, bare_main
 
 import mdn
 from mdn.cli.train import main
-from mdn.config import compose_config
-from mdn.training import train
 
 # On one worker, which makes the fixtures once.
 pytestmark = pytest.mark.xdist_group("strategy")
@@ -28,7 +26,7 @@ OPTIONS = (
 )
 
 
-def start(directory, *options, name="run", **environment):
+def start(directory, *options, name="run", main=bare_main, **environment):
     words = ["train.py", f"output_dir={directory}", *OPTIONS, *options]
     return Fork(main, words, log=directory.with_name(name), **environment)
 
@@ -42,7 +40,7 @@ def finish(process):
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
     directory = tmp_path_factory.mktemp("one") / "run"
-    train(compose_config([f"output_dir={directory}", *OPTIONS]))
+    finish(start(directory))
     return directory
 
 
@@ -57,7 +55,10 @@ def assert_same(one, two):
 
 @pytest.mark.slow
 def test_two_replicas_equal_one_device(one_device, tmp_path):
-    finish(start(tmp_path / "run", "strategy=mirrored", "strategy.logical_cpus=2"))
+    # Which draws and exports too, as the variables of replicas are of another kind.
+    options = "strategy=mirrored", "strategy.logical_cpus=2"
+    finish(start(tmp_path / "run", *options, main=main))
+    assert (tmp_path / "run" / "saved_model" / "saved_model.pb").is_file()
     assert_same(one_device, tmp_path / "run")
 
 

@@ -45,7 +45,8 @@ def make_model(data, head=None, backbone=None):
     model = mdn.MDN(head or mdn.heads.Mixture(1, 3), backbone or mdn.backbones.MLP([8]))
     model.adapt(data.train.x, data.train.y)
     schedule = tf_keras.optimizers.schedules.PolynomialDecay(0.01, 100, 0.0)
-    model.compile(tf_keras.optimizers.Adam(schedule), jit_compile=False, steps_per_execution=1)
+    # To trace a step takes longer than all of these.
+    model.compile(tf_keras.optimizers.Adam(schedule), run_eagerly=True)
     return model
 
 

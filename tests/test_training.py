@@ -29,7 +29,6 @@ TINY = (
     "trainer.batch_size=32",
     "trainer.verbose=0",
     "trainer.compiled=false",
-    "trainer.steps_per_execution=1",  # of more, autograph traces a step twice
     "callbacks.tensorboard.image_every=0",
     "backbone.widths=[8]",
 )
@@ -121,7 +120,7 @@ def test_seed_decides_the_run(finished, tmp_path, bare_runs):
 
 
 @one_worker
-def test_init_from_starts_at_the_weights_of_a_run(finished, tmp_path, bare_runs):
+def test_init_from_starts_at_the_weights_of_a_run(finished, tmp_path, bare_runs, eager_steps):
     directory, metrics = finished
     slow = ("optimizer.learning_rate=1e-12", "trainer.epochs=1")
     again = run(tmp_path / "again", f"init_from={directory}", *slow)
@@ -185,7 +184,7 @@ def tables(tmp_path_factory):
 # A run tries many choices at once: the rows of a simulator with known density, a head, and more.
 SIMULATED = {
     "sinusoid": "model=diag backbone=mlp backbone.dropout=0.1 backbone.layer_norm=true "
-    "trainer.compiled=true trainer.steps_per_execution=null trainer.schedule=constant "
+    "trainer.compiled=true trainer.schedule=constant "
     "callbacks.tensorboard.image_every=1",
     "two_moons": "model=diag backbone=resnet backbone.width=8 backbone.dropout=0.1 "
     "optimizer=adamw optimizer.global_clipnorm=1.0",
@@ -214,8 +213,11 @@ READ = {
     "sequences": "data=npz backbone=lstm backbone.units=[4]",
     "last": "data=npz backbone=lstm backbone.units=[4] backbone.return_sequences=false",
 }
-# Of the simulators' runs these draw and export too, as all do whose rows are read.
-WHOLE = ("sinusoid", "slcp", "linear_gaussian")
+# These draw and export too: one target and several, of one member and of two, recalibrated,
+# of categories with gaps in the targets, of no features, of sequences.
+WHOLE = ("sinusoid", "slcp", "linear_gaussian", "flights", "points", "sequences")
+# These train by graphs and XLA; the others step by step, as to trace a step takes longer.
+TRACED = ("sinusoid", "arma_jump", "gaussians", "slcp", "flights", "digits", "last", "sequences")
 HEADS = {*choices("model")} - {"vae", "distribution"}  # these have no head
 SEVERAL_TARGETS = {
     *("two_moons", "two_gaussians", "slcp", "bivariate_mixture", "random_gaussians", "parquet")
@@ -227,16 +229,27 @@ def chosen(group, options):
     return next((o.split("=")[1] for o in options.split() if o.startswith(f"{group}=")), "")
 
 
-def run_of(directory, options, *data):
+@pytest.fixture
+def run_of(request, tmp_path):
+    """Return a function that trains on a source with these options, and what it is to do."""
+
+    def run_of(source, options, *data):
+        for fixture, exceptions in (("bare_runs", WHOLE), ("eager_steps", TRACED)):
+            if source not in exceptions:
+                request.getfixturevalue(fixture)
+        return run_one(tmp_path / "run", options, *data)
+
+    return run_of
+
+
+def run_one(directory, options, *data):
     tiny = TINY if chosen("backbone", options) in ("", "mlp") else TINY[:-1]
     return run(directory, *options.split(), *data, tiny=tiny)
 
 
 @pytest.mark.parametrize("source", SIMULATED)
-def test_every_simulator_trains(source, tmp_path, request):
-    if source not in WHOLE:
-        request.getfixturevalue("bare_runs")
-    metrics = run_of(tmp_path / "run", f"data={source} {SIMULATED[source]}", *TINY_DATA)
+def test_every_simulator_trains(source, run_of):
+    metrics = run_of(source, f"data={source} {SIMULATED[source]}", *TINY_DATA)
     assert metrics["test/nll"] < metrics["baseline/nll"] + 1.0
     assert np.isfinite(metrics["test/regret"])
     recalibrated = "recalibrate=true" in SIMULATED[source]
@@ -244,8 +257,8 @@ def test_every_simulator_trains(source, tmp_path, request):
 
 
 @pytest.mark.parametrize("source", READ)
-def test_every_source_of_rows_trains(source, tables, tmp_path):
-    metrics = run_of(tmp_path / "run", READ[source], *tables[source])
+def test_every_source_of_rows_trains(source, tables, run_of):
+    metrics = run_of(source, READ[source], *tables[source])
     assert np.isfinite(metrics["test/nll"])
     assert "test/regret" not in metrics
 
@@ -279,7 +292,7 @@ class OwnBackbone(tf_keras.Model):
         return {"units": self.units}
 
 
-def test_backbone_of_the_users_own(tmp_path):
+def test_backbone_of_the_users_own(tmp_path, bare_runs):
     config = compose_config([f"output_dir={tmp_path}/run", *TINY[:-1], *TINY_DATA])
     OmegaConf.set_struct(config, False)
     config.backbone = {"_target_": f"{OwnBackbone.__module__}.OwnBackbone", "units": 6}
@@ -419,9 +432,9 @@ def test_main_job_comes_near_the_entropy(tmp_path):
 
 @pytest.mark.slow
 def test_no_component_dies(tmp_path, bare_runs):
-    run(  # of three members, each as a run of its own seed
+    run(  # of three members, each as a run of its own seed; how good they are is not asked
         tmp_path / "run",
-        *("k=8", "ensemble=3", "callbacks.tensorboard.image_every=0"),
+        *("k=8", "ensemble=3", "callbacks.tensorboard=null", "data.test_rows=200"),
         tiny=("trainer.verbose=0",),
     )
     model = mdn.load(tmp_path / "run" / "model.keras")
@@ -440,9 +453,9 @@ def test_flights_beat_one_gaussian_by_far(tmp_path, bare_runs):
     metrics = run(
         tmp_path / "run",
         *("data=flights", "model=mixture", "k=5", "callbacks.tensorboard=null"),
-        *("trainer.epochs=2", "trainer.batch_size=512"),
+        *("trainer.epochs=4", "trainer.batch_size=512", "data.max_rows=120000"),
         tiny=("trainer.verbose=0",),
     )
-    assert metrics["data/rows"] + metrics["data/rows_without_target"] == 336_776
+    assert metrics["data/rows"] + metrics["data/rows_without_target"] == 120_000
     gain = metrics["baseline/nll_complete"] - metrics["test/nll_complete"]
     assert gain > 1.3
