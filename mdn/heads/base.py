@@ -318,15 +318,13 @@ class Head(tfp.layers.DistributionLambda):
 
     def build(self, input_shape: Any) -> None:
         """Make the projection for hidden features [.., H]."""
+        start = tf_keras.initializers.VarianceScaling(self.kernel_scale**2, mode="fan_in")
         # [P, H] and not as a Dense layer's [H, P]: so `log_prob`, its gradient and the optimizer
         # have it in one order, and nothing of that size is transposed in a train step.
         self.kernel = self.add_weight(
             name="kernel",
             shape=[self.params_size, input_shape[-1]],
-            initializer=tf_keras.initializers.VarianceScaling(
-                self.kernel_scale**2,
-                mode="fan_out",  # H
-            ),
+            initializer=lambda shape, dtype: tf.transpose(start(shape[::-1], dtype)),
             dtype=self.dtype,
         )
         super().build(input_shape)
