@@ -161,7 +161,9 @@ def test_light_commands_import_no_tensorflow(words, tmp_path):
 def test_progress_is_shown_where_somebody_looks(terminal, monkeypatch, capsys):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
     with progress_bar() as progress:
         progress(65_536, 0.25)
     said = re.sub(r"\x1b\[[\d;?]*\w", "", capsys.readouterr().err)
