@@ -19,8 +19,8 @@ import tensorflow as tf
 
 from benchmarks import em, ensemble, exact, latency
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import floors, measure, ours, reference, sections, workers
-from benchmarks.speed.contenders import MDN
+from benchmarks.speed import floors, keras_peers, measure, ours, reference, sections, workers
+from benchmarks.speed.contenders import KERAS, MDN
 from benchmarks.speed.workloads import WORKLOADS, draw
 
 
@@ -214,14 +214,19 @@ def test_a_mistake_is_found(monkeypatch, name, value, lines):
     assert all(line.startswith("S, x: the loss") for line in found)
 
 
-def test_mistake_of_a_contender_is_found(monkeypatch):
+def test_mistakes_of_contenders_are_found(monkeypatch):
     monkeypatch.setattr(measure, "Worker", Here)
     monkeypatch.setattr(ours, "LEARNING_RATE", 1.01e-3)
+    monkeypatch.setattr(keras_peers, "MIN_SCALE", 0.0)
     problem = ours.with_start(draw(dataclasses.replace(WORKLOADS["S"], rows=512, epochs=1)))
-    entrants = sections.checked(problem, [MDN])
+    entrants = sections.checked(problem, [MDN, KERAS])
     measure.race(entrants, repeats=0)
     found = [line.rpartition(" is ")[0] for line in measure.disagreements(entrants)]
-    assert found == ["S, mdn: the loss after an epoch"]
+    assert found == [
+        "S, mdn: the loss after an epoch",
+        "S, Keras as documented: the loss before training",
+        "S, Keras as documented: the loss after an epoch",
+    ]
 
 
 @pytest.mark.parametrize("hidden", ["bi", "ib"])

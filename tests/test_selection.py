@@ -263,7 +263,7 @@ def two_lines():
 def test_two_lines_need_two_components(two_lines):
     x, y = two_lines
     template = mdn.MDN(mdn.heads.Mixture(1), mdn.backbones.MLP([8]))
-    found = mdn.select_components(template, x, y, candidates=[1, 2], epochs=60, batch_size=64)
+    found = mdn.select_components(template, x, y, candidates=[1, 2, 3], epochs=60, batch_size=64)
     assert found.k == found.model.head.components == 2
     # ln 2 + ln(.1 sqrt(2 pi e)): the entropy of two narrow normals.
     assert found.mean(2) == pytest.approx(np.log(2) + np.log(0.1) + 1.4189, abs=0.1)

@@ -252,7 +252,7 @@ def export_forever():
 def test_killed_export_leaves_nothing_that_looks_whole(tmp_path):
     path = tmp_path / "saved_model"
     whole = 0
-    for wait in (None, 0.4):
+    for wait in (None, 0.3, 0.9):
         process = Fork(export_forever, ["export", path], log=tmp_path / "log")
         if wait is None:  # while the first one is written
             while not list(tmp_path.glob(".saved_model.partial/*")) and process.poll() is None:

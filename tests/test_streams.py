@@ -2,6 +2,8 @@
 
 import datetime
 import itertools
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import tf_keras
+from forks import Fork
 
 import mdn
 from mdn.callbacks.checkpoint import Checkpoint
@@ -20,7 +23,7 @@ from mdn.data.parquet import ParquetReader
 from mdn.data.tabular import Parquet
 from mdn.errors import DataError
 from mdn.features import Columns, as_tensors
-from mdn.training import InterruptedRunError, train
+from mdn.training import train
 
 N, GROUP = 500, 60
 BLOCK_ROWS, LEAST_ROWS = 70, 16
@@ -334,7 +337,6 @@ TINY = (
     "k=2",
     "trainer.batch_size=32",
     "trainer.verbose=0",
-    "trainer.compiled=false",
     "backbone.widths=[8]",
     "callbacks.tensorboard=null",
     "callbacks.early_stopping=null",
@@ -351,16 +353,16 @@ def weights(directory):
     return mdn.load(directory / "model.keras").get_weights()
 
 
-def fit(data, epochs, directory=None, batch_size=32, **options):
+def fit(data, epochs, directory=None, batch_size=32):
     """Train as `mdn.training.fit` does, from the newest checkpoint in the directory."""
     tf_keras.utils.set_random_seed(0)
     model = mdn.MDN(mdn.heads.Mixture(2, 2), mdn.backbones.MLP([8], dropout=0.1))
     model.adapt(data.train.x, data.train.y)
-    model.compile(tf_keras.optimizers.Adam(0.02), **options)
+    model.compile(tf_keras.optimizers.Adam(0.02))
     checkpoint = Checkpoint(directory or "unused", write=directory is not None)
     first = checkpoint.restore(model)
     model.fit(
-        data.stream.batches(model, batch_size, seed=0, first_epoch=first, chunk=3),
+        data.stream.batches(model, batch_size, seed=0, first_epoch=first, chunk=5),
         epochs=epochs,
         initial_epoch=first,
         callbacks=[checkpoint],
@@ -371,10 +373,9 @@ def fit(data, epochs, directory=None, batch_size=32, **options):
 
 def test_resumed_fit_equals_the_uninterrupted_one(file, tmp_path):
     data = load(file)
-    eager = {"batch_size": 80, "run_eagerly": True}  # to trace a step takes as long as all these
-    whole = fit(data, 3, **eager)
-    fit(data, 1, tmp_path, **eager)
-    resumed = fit(load(file), 3, tmp_path, **eager)
+    whole = fit(data, 4)
+    fit(data, 2, tmp_path)
+    resumed = fit(load(file), 4, tmp_path)
     for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -393,30 +394,36 @@ def test_streamed_fit_is_as_good_as_the_one_in_memory(tmp_path):
     assert abs(ours.mean() - theirs.mean()) < 0.1
 
 
-def test_interrupted_run_ends_as_the_uninterrupted_one(
-    file, tmp_path, monkeypatch, bare_runs, eager_steps
-):
-    options = ("trainer.epochs=3", "trainer.schedule=constant", "trainer.batch_size=80")
+def train_and_die():
+    """Train as the command line says; the process ends with the second epoch."""
+    end = Checkpoint.on_epoch_end
+
+    def end_all(self, epoch, logs=None):
+        end(self, epoch, logs)
+        if epoch == 1:
+            os._exit(9)
+
+    parquet.BLOCK_ROWS, parquet.LEAST_ROWS = BLOCK_ROWS, LEAST_ROWS
+    Checkpoint.on_epoch_end = end_all
+    train(compose_config(sys.argv[1:]))
+
+
+@pytest.mark.slow
+def test_killed_run_ends_as_the_uninterrupted_one(file, tmp_path, bare_runs):
+    options = ("trainer.epochs=4", "trainer.schedule=constant")
     metrics = run(tmp_path / "whole", file, *options)
-    assert metrics["train/epochs"] == 3
+    assert metrics["train/epochs"] == 4
     assert metrics["data/rows"] == N
-    whole = Checkpoint.on_epoch_end
-
-    def interrupt(self, epoch, logs=None):
-        whole(self, epoch, logs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "on_epoch_end", interrupt)
-        with pytest.raises(InterruptedRunError, match="goes on"):
-            run(tmp_path / "stopped", file, *options)
-    again = run(tmp_path / "stopped", file, *options)
-    for a, b in zip(weights(tmp_path / "whole"), weights(tmp_path / "stopped"), strict=True):
+    words = ["train", f"output_dir={tmp_path}/killed", f"data.path={file}", *TINY, *options]
+    killed = Fork(train_and_die, words, log=tmp_path / "killed")
+    assert killed.wait() == 9, killed.communicate()
+    again = run(tmp_path / "killed", file, *options)
+    for a, b in zip(weights(tmp_path / "whole"), weights(tmp_path / "killed"), strict=True):
         np.testing.assert_array_equal(a, b)
     assert again["test/nll"] == metrics["test/nll"]
 
 
-def test_file_that_vanishes_during_training_is_one_line(tmp_path, monkeypatch, eager_steps):
+def test_file_that_vanishes_during_training_is_one_line(tmp_path, monkeypatch):
     path = write(frame(), tmp_path / "rows.parquet")
     read, begun = ParquetReader.read, []
 
