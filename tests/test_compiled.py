@@ -141,7 +141,10 @@ def test_one_program_serves_every_epoch_and_fit():
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_targets_that_lack_entries_take_the_marginal(jit_compile):
     x, y = rows()
-    model = make(tf_keras.optimizers.SGD(0.0), jit_compile=jit_compile, run_eagerly=False)
+    head = mdn.heads.Mixture(2, 2)
+    model = make(
+        tf_keras.optimizers.SGD(0.0), head=head, jit_compile=jit_compile, run_eagerly=False
+    )
     train(model, x, y, batch_size=BATCH, epochs=1)  # traced for complete rows
     y[::3, 1] = np.nan
     y[5] = np.nan

@@ -232,7 +232,7 @@ def _profile(results: Results) -> str:
         + (
             f"{' and '.join(beyond)}: these two parts alone, as TensorFlow's XLA compiles them, "
             "take longer than a whole step of the best peer, which another XLA compiles. No step "
-            "in Keras can be as fast.\n"
+            "that it compiles can be as fast.\n"
             if beyond
             else ""
         )
