@@ -1,8 +1,8 @@
 """The loop: a chunk of train or test steps as one XLA program, called from Keras's `fit`.
 
 Keras calls its train function once for `steps_per_execution` steps, and that is where this
-function stands: it takes one stacked chunk from the iterator and goes through its batches inside
-of XLA. There is no Python, and no dispatch of operations, between two steps.
+function stands: it takes one stacked chunk and goes through its batches inside of XLA. There is no
+Python, and no dispatch of operations, between two steps.
 
 Shape letters: B batch, S steps of a chunk.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,9 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from mdn.data.chunks import Batches, Chunk, untuned
 from mdn.data.generators import stack_generator
-from mdn.data.pipeline import Batches, evaluation_batches, stack, training_batches
+from mdn.data.pipeline import evaluation_batches, stack, training_batches
 from mdn.errors import ConfigError, DataError
 from mdn.updates import FusedAdam, KerasUpdate, State, Update
 
@@ -37,8 +39,8 @@ def chunk_function(
     results: Callable[[], dict[str, tf.Tensor]],
     counter: tf.Variable,
     totals: Sequence[tf.Variable],
-) -> Callable[[Iterator, bool], dict[str, tf.Tensor]]:
-    """Return a function of an iterator of `mdn.data.pipeline.Batches.chunks`.
+) -> Callable[[Chunk, bool], dict[str, tf.Tensor]]:
+    """Return a function of a chunk of `mdn.data.chunks.Batches`.
 
     Args:
         step: of (batch, state): what to do with a batch, and the new state.
@@ -49,10 +51,10 @@ def chunk_function(
         totals: the sums behind the metrics.
 
     Returns:
-        Of (iterator, whether the totals start at zero): the metrics after the next chunk.
+        Of (chunk, whether the totals start at zero): the metrics after the chunk.
     """
 
-    @tf.function(jit_compile=True, autograph=False)
+    @tf.function(jit_compile=True, autograph=False, reduce_retracing=True)
     def run(batches: Any, steps: tf.Tensor, afresh: tf.Tensor) -> dict[str, tf.Tensor]:
         for total in totals:  # here, as an assignment in Python takes longer than ten steps
             total.assign(tf.where(afresh, tf.zeros_like(total), total))
@@ -65,13 +67,22 @@ def chunk_function(
         finish(tf.while_loop(lambda i, *state: i < steps, body, loop)[1:])
         return results()
 
-    @tf.function(autograph=False, reduce_retracing=True)
-    def take(iterator: Iterator, afresh: tf.Tensor) -> dict[str, tf.Tensor]:
-        batches, steps = next(iterator)
-        counter.assign_add(tf.cast(steps, counter.dtype))
-        return run(batches, steps, afresh)
+    def take(chunk: Chunk, afresh: bool) -> dict[str, tf.Tensor]:
+        batches, steps = chunk
+        counter.assign_add(int(steps))
+        return run(batches, steps, tf.constant(afresh))
 
-    return lambda iterator, afresh: take(iterator, tf.constant(afresh))
+    return take
+
+
+@functools.cache
+def _ticks() -> tf.data.Dataset:
+    """Return an endless dataset of nothing, for Keras to count steps by: it is made once.
+
+    What `fit` is given instead of the chunks. To make a dataset of them, and an iterator of that,
+    takes as long as a thousand steps of a small network.
+    """
+    return untuned(tf.data.Dataset.from_tensors([0]).repeat())
 
 
 @dataclasses.dataclass
@@ -80,22 +91,19 @@ class _Loop:
 
     Attributes:
         chunk: steps of a chunk as the user compiled it, or None.
-        train: whether train steps run in chunks.
-        test: whether test steps do.
+        batches: "train" and "test": what runs in chunks.
         complete: "train" and "test": whether no row lacks some of its targets.
-        ranks: "train" and "test": of the tensors of a chunk, which an ensemble takes in two ways.
-        functions: the programs so far: ("train" or "test", complete, ranks) -> a function of an
-            iterator; and Keras's own: ("train" or "test", complete, whether of one step).
+        functions: the programs so far: ("train" or "test", complete, ranks of the tensors, which
+            an ensemble takes in two ways) -> a function of a chunk; and Keras's own: ("train" or
+            "test", complete, whether of one step).
         afresh: the metrics start at zero with the next chunk.
         last: the metrics after the last chunk.
         explained: why Keras's own loop runs, as the log has it already.
     """
 
     chunk: int | None = None
-    train: bool = False
-    test: bool = False
+    batches: dict[str, Batches] = dataclasses.field(default_factory=dict)
     complete: dict[str, bool] = dataclasses.field(default_factory=dict)
-    ranks: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     functions: dict[tuple, Callable] = dataclasses.field(default_factory=dict)
     afresh: bool = False
     last: dict[str, tf.Tensor] | None = None
@@ -229,7 +237,7 @@ class CompiledModel(tf_keras.Model):
 
         Args:
             x: features, images, a `tf.data.Dataset` or a Python generator of batches, or
-                `mdn.data.pipeline.Batches`.
+                `mdn.data.chunks.Batches`.
             y: targets, where x is features.
             batch_size: B, of arrays; default 32.
             epochs: when to stop.
@@ -425,15 +433,12 @@ class CompiledModel(tf_keras.Model):
         given: list[tuple[Any, int | None]] = []
         for which, batches in (("train", train), ("test", test)):
             mine = isinstance(batches, Batches)
-            setattr(loop, which, in_chunks and mine)
             loop.complete[which] = mine and batches.complete
-            if mine:
-                tensors = batches.chunks.element_spec[0]
-                loop.ranks[which] = tuple(tensor.shape.rank for tensor in tensors)
             if not mine:
                 given.append((batches, None))
             elif in_chunks:
-                given.append((batches.chunks, batches.steps))
+                loop.batches[which] = batches
+                given.append((_ticks(), batches.steps))
             else:
                 given.append((batches.unstacked(), batches.steps))
         spe = next((b.chunk for b in (train, test) if isinstance(b, Batches)), 1)
@@ -456,8 +461,7 @@ class CompiledModel(tf_keras.Model):
                 made = zip(own, (self.train_function, self.test_function), strict=True)
                 loop.functions |= {key: function for key, function in made if function}
             self.train_function, self.test_function = functions
-            loop.train = loop.test = False
-            loop.complete, loop.last = {}, None
+            loop.batches, loop.complete, loop.last = {}, {}, None
 
     def _explain(self, reason: str) -> None:
         if self._loop.explained != reason:
@@ -465,7 +469,7 @@ class CompiledModel(tf_keras.Model):
             log.info("training in Keras's own loop: %s", reason)
 
     def make_train_function(self, force: bool = False) -> Callable:
-        if not self._loop.train:
+        if "train" not in self._loop.batches:
             return self._own_loop("train_function", super().make_train_function, force)
         if FusedAdam.supports(self.optimizer, self.trainable_variables):
             update: Update = FusedAdam(self.optimizer, self.trainable_variables, self.stacked)
@@ -474,7 +478,7 @@ class CompiledModel(tf_keras.Model):
         return self._chunk_function("train", self.learn, update, self._train_counter)
 
     def make_test_function(self, force: bool = False) -> Callable:
-        if not self._loop.test:
+        if "test" not in self._loop.batches:
             return self._own_loop("test_function", super().make_test_function, force)
 
         def test(data: Any, update: Update, state: State) -> State:
@@ -513,7 +517,8 @@ class CompiledModel(tf_keras.Model):
         self, which: str, step: Callable, update: Update | None, counter: tf.Variable
     ) -> Callable:
         loop = self._loop
-        key = which, loop.complete[which], loop.ranks[which]
+        batches = loop.batches[which]
+        key = which, batches.complete, tuple(tensor.shape.rank for tensor in batches.spec)
         if key not in loop.functions:
             loop.functions[key] = chunk_function(
                 lambda batch, state: step(batch, update, state),
@@ -523,17 +528,17 @@ class CompiledModel(tf_keras.Model):
                 counter,
                 self.totals(),
             )
-        function = loop.functions[key]
+        function, chunks = loop.functions[key], iter(batches)
 
-        def run(iterator: Iterator) -> dict[str, tf.Tensor]:
-            loop.last = function(iterator, loop.afresh)
+        def run(_: Iterator) -> dict[str, tf.Tensor]:
+            loop.last = function(next(chunks), loop.afresh)
             loop.afresh = False
             return loop.last
 
         return run
 
     def reset_metrics(self) -> None:
-        if not (self._loop.train or self._loop.test):
+        if not self._loop.batches:
             super().reset_metrics()
             return
         self._loop.afresh = True

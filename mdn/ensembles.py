@@ -21,7 +21,8 @@ import tf_keras
 
 from mdn import losses
 from mdn.compiled import EVALUATION_BATCH, check_sizes
-from mdn.data.pipeline import Batches, evaluation_batches, training_batches
+from mdn.data.chunks import Batches
+from mdn.data.pipeline import evaluation_batches, training_batches
 from mdn.data.rows import Features
 from mdn.data.splits import draw_folds
 from mdn.density.mixing import mixture_of

@@ -12,7 +12,8 @@ from mdn.base import TrainedModel
 from mdn.budget import epoch_steps, fold_size, is_random
 from mdn.compiled import EVALUATION_BATCH
 from mdn.config import make
-from mdn.data.pipeline import Batches, evaluation_batches, training_batches
+from mdn.data.chunks import Batches
+from mdn.data.pipeline import evaluation_batches, training_batches
 from mdn.data.rows import Data
 from mdn.data.splits import draw_folds
 from mdn.errors import ConfigError

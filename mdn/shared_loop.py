@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from mdn.data.pipeline import Batches
+from mdn.data.chunks import Batches
 from mdn.features import Columns
 from mdn.model import MDN
 from mdn.selection import with_components
@@ -98,4 +98,4 @@ def _shape(model: MDN) -> list[Any]:
 
 
 def _spec(batches: Batches | None) -> Any:
-    return batches and (batches.chunks.element_spec, batches.steps, batches.complete)
+    return batches and (batches.spec, batches.steps, batches.complete)

@@ -13,7 +13,8 @@ import tf_keras
 
 from mdn import budget
 from mdn.callbacks.stopping import EarlyStopping, MemberStopping
-from mdn.data.pipeline import Batches, evaluation_batches, training_batches
+from mdn.data.chunks import Batches
+from mdn.data.pipeline import evaluation_batches, training_batches
 from mdn.data.rows import Rows
 from mdn.ensembles import Ensemble
 from mdn.model import MDN

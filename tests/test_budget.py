@@ -66,7 +66,7 @@ def test_members_have_passes_of_their_own_rows():
     x = np.arange(12.0)[:, None]
     rows = np.array([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]])
     batches = training_batches((x, x), 3, seed=0, members=rows, steps=3)
-    (seen, _), _ = next(iter(batches.chunks))
+    (seen, _), _ = next(iter(batches))
     assert seen.shape == [3, 2, 3, 1]
     for m in range(2):
         assert set(seen[:2, m].numpy().ravel()) == set(rows[m])  # a pass
@@ -82,5 +82,5 @@ def test_folds_part_the_rows():
     x = np.arange(45.0)[:, None]
     parts = [Rows(part, part) for part in np.split(x, [36, 40])]
     _, held_out = make_batches(model, compose_config(options), Data(*parts, ("x",), ("y",)), 0)
-    (kept, _), _ = next(iter(held_out.chunks))  # [1, M, 8, 1]
+    (kept, _), _ = next(iter(held_out))  # [1, M, 8, 1]
     assert sorted(np.ravel(kept)) == list(range(40))

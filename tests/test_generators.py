@@ -81,7 +81,7 @@ def test_chunks_hold_the_batches_in_order(chunk):
 def test_a_generator_that_ends_early():
     x, y = rows()
     source = itertools.islice(batches(x, y), 5)
-    found = list(stack_generator(source, convert, 6, 2, 4).chunks.as_numpy_iterator())
+    found = list(stack_generator(source, convert, 6, 2, 4))
     assert [steps for _, steps in found] == [4, 1]
 
 
@@ -113,11 +113,11 @@ def test_no_batch_at_all():
 def test_an_iterator_that_is_alive_at_the_end_keeps_no_process_waiting():
     script = (
         "import itertools, numpy as np\n"
-        "from mdn.data.generators import python_batches\n"
+        "from mdn.data.chunks import Batches, float_specs\n"
         "def generate():\n"
         "    for _ in itertools.count():\n"
         "        yield (np.zeros([2, 3, 1], 'f'),), np.int32(2)\n"
-        "alive = iter(python_batches(generate, [(2, 3, 1)], 2).chunks)\n"
+        "alive = iter(Batches(generate, float_specs([(2, 3, 1)]), 2))\n"
         "next(alive)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True)

@@ -1,65 +1,19 @@
-"""Chunks that Python makes, read ahead by a thread of its own.
-
-`tf.data` could read ahead by itself, but its threads wait for Python's lock: an iterator that is
-still alive when the interpreter ends would wait forever. A daemon thread keeps nobody waiting.
+"""Chunks of the batches of a Python generator.
 
 Shape letters: B batch, S steps of a chunk.
 """
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import math
-import queue
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
-from mdn.data.pipeline import Batches, chunk_size, untuned
+from mdn.data.chunks import Batches, Chunk, chunk_size, float_specs
 from mdn.errors import DataError
-
-Chunk = tuple[tuple[np.ndarray, ...], np.int32]
-AHEAD = 2
-
-
-def python_batches(
-    generate: Callable[[], Iterator[Chunk]],
-    shapes: Sequence[tuple[int, ...]],
-    steps: int,
-    complete: bool = False,
-) -> Batches:
-    """Return the chunks of a generator.
-
-    Args:
-        generate: starts the generator of (arrays, steps); arrays [S, B, ..] float32.
-        shapes: of the arrays.
-        steps: batches an epoch.
-        complete: see `Batches`.
-    """
-    failures: list[Exception] = []
-
-    def chunks() -> Iterator[Chunk]:
-        try:
-            yield from _Ahead(generate()).elements()
-        except Exception as error:
-            failures.append(error)
-            raise
-
-    dataset = tf.data.Dataset.from_generator(
-        chunks,
-        output_signature=(
-            tuple(tf.TensorSpec(shape, tf.float32) for shape in shapes),
-            tf.TensorSpec((), tf.int32),
-        ),
-    )
-    options = tf.data.Options()
-    options.experimental_optimization.inject_prefetch = False
-    return Batches(untuned(dataset.with_options(options)), steps, shapes[0][0], complete, failures)
 
 
 def stack_generator(
@@ -116,7 +70,7 @@ def stack_generator(
                 flat = [a.reshape(-1, *a.shape[2:]) for a in joined]
                 yield fill_chunk(flat, shapes), np.int32(len(taken))
 
-    return python_batches(generate, shapes, steps)
+    return Batches(generate, float_specs(shapes), steps)
 
 
 def fill_chunk(
@@ -134,58 +88,3 @@ def fill_chunk(
         whole[: len(array)] = array
         filled.append(whole.reshape(shape))
     return tuple(filled)
-
-
-class _Ahead:
-    """Reads a generator in a thread, some elements ahead."""
-
-    def __init__(self, elements: Iterator[Any]) -> None:
-        self._queue: queue.Queue = queue.Queue(AHEAD)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._read, args=(elements,), daemon=True)
-        _ALIVE.add(self)
-        self._thread.start()
-
-    def elements(self) -> Iterator[Any]:
-        try:
-            while True:
-                kind, value = self._queue.get()
-                if kind == "end":
-                    return
-                if kind == "error":
-                    raise value
-                yield value
-        finally:
-            self._stop.set()
-
-    def close(self) -> None:
-        """Stop the thread, as a library may end under its hands."""
-        self._stop.set()
-        self._thread.join(timeout=10)
-
-    def _read(self, elements: Iterator[Any]) -> None:
-        try:
-            for element in elements:
-                if not self._put(("element", element)):
-                    return
-            self._put(("end", None))
-        except Exception as error:  # raised where the elements are taken
-            self._put(("error", error))
-
-    def _put(self, item: tuple[str, Any]) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-
-_ALIVE: weakref.WeakSet[_Ahead] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    for ahead in list(_ALIVE):
-        ahead.close()

@@ -1,55 +1,23 @@
-"""Batches for `fit` and `evaluate`, stacked in chunks that one program works through.
+"""Batches of arrays and of datasets for `fit` and `evaluate`.
 
 Shape letters: B batch, M ensemble members, N rows, S steps of a chunk.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras
 
-# Python is visited at least this often, for the progress bar and the check for NaN.
-MOST_STEPS = 500
-CHUNK_BYTES = 64 * 2**20
+from mdn.data.chunks import Batches, Chunk, chunk_size, shard_by_row
 
 # Nothing in these functions is for autograph, which takes as long to find that out as to trace.
 _as_it_is = tf.autograph.experimental.do_not_convert
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """A stream of batches of B rows.
-
-    Attributes:
-        chunks: elements (batches, steps): tensors [S, B, ..], or [S, M, B, ..] of an ensemble,
-            and how many of the S batches are real, an int32 scalar. Where the rows do not fill a
-            batch, it has rows without targets.
-        steps: batches an epoch.
-        chunk: S, the same for every element.
-        complete: no row lacks some of its targets: each has all, or none.
-        failures: what ended chunks that Python makes; TensorFlow buries it in an error of its own.
-    """
-
-    chunks: tf.data.Dataset
-    steps: int
-    chunk: int
-    complete: bool = False
-    failures: list[Exception] = dataclasses.field(default_factory=list)
-
-    def unstacked(self) -> tf.data.Dataset:
-        """Return the batches one by one, for Keras's own loop."""
-
-        @_as_it_is
-        def take(batches: tuple[tf.Tensor, ...], steps: tf.Tensor) -> tf.data.Dataset:
-            return tf.data.Dataset.from_tensor_slices(batches).take(tf.cast(steps, tf.int64))
-
-        return self.chunks.flat_map(take)
 
 
 def training_batches(
@@ -84,36 +52,32 @@ def training_batches(
         steps: batches an epoch, in place of a pass over the rows; passes then go on from one epoch
             into the next, and each leaves out the rows that do not fill a batch.
     """
-    filler = len(arrays[0])
-    n = filler if members is None else members.shape[1]
+    n = len(arrays[0]) if members is None else members.shape[1]
     whole = n // batch_size  # batches of a pass
     passes = 1 if steps is None else math.ceil(steps / whole) + 1  # that an epoch may touch
     if steps is None:
         steps = whole if drop_remainder else math.ceil(n / batch_size)
     chunk = min(chunk or chunk_size(steps, _batch_bytes(arrays, batch_size, members)), steps)
-    tensors = _with_filler(arrays)
-    own = [None] if members is None else [tf.constant(rows, tf.int32) for rows in members]
+    own = [None] if members is None else list(members)
 
-    @_as_it_is
-    def order(epoch: tf.Tensor) -> tf.data.Dataset:
-        orders = []
-        for m, rows in enumerate(own):
-            own_seed = None if seed is None else seed + m
-            if passes == 1:
-                places = epoch_rows(n, own_seed, epoch)
-            else:
-                first, skipped = epoch * steps // whole, epoch * steps % whole
-                parts = [epoch_order(n, batch_size, own_seed, first + i) for i in range(passes)]
-                places = tf.reshape(tf.concat(parts, 0)[skipped : skipped + steps], [-1])
-                places = tf.ensure_shape(places, [steps * batch_size])
-            places = places[: steps * batch_size]
-            orders.append(places if rows is None else tf.gather(rows, places))
-        chunks = _chunked(orders, filler, batch_size, chunk, members is not None)
-        return tf.data.Dataset.from_tensor_slices(chunks)
+    def places(epoch: int, seed: int | None) -> np.ndarray:
+        if passes == 1:
+            return epoch_rows(n, seed, epoch).numpy()[: steps * batch_size]
+        first, skipped = divmod(epoch * steps, whole)
+        parts = [epoch_order(n, batch_size, seed, first + i) for i in range(passes)]
+        return np.concatenate(parts)[skipped : skipped + steps].reshape(-1)
 
-    chunks = tf.data.Dataset.counter(first_epoch).flat_map(order)
-    chunks = chunks.map(_gather(tensors))
-    return Batches(untuned(chunks.prefetch(1)), steps, chunk, complete)
+    def generate() -> Iterator[Chunk]:
+        tensors = _with_filler(arrays)
+        for epoch in itertools.count(first_epoch):
+            orders = []
+            for m, rows in enumerate(own):
+                order = places(epoch, None if seed is None else seed + m)
+                orders.append(order if rows is None else rows[order])
+            yield from _chunked(tensors, orders, batch_size, chunk, members is not None)
+
+    spec = _spec(arrays, batch_size, chunk, members)
+    return Batches(generate, spec, steps, complete, ahead=1)
 
 
 def evaluation_batches(
@@ -133,21 +97,25 @@ def evaluation_batches(
         complete: see `Batches`.
         members: [M, n], the row numbers of each member of an ensemble.
     """
-    filler = len(arrays[0])
-    n = filler if members is None else members.shape[1]
+    n = len(arrays[0]) if members is None else members.shape[1]
     steps = math.ceil(n / batch_size)
     batch_size = math.ceil(n / steps)
     chunk = min(chunk or chunk_size(steps, _batch_bytes(arrays, batch_size, members)), steps)
-    tensors = _with_filler(arrays)
-    own = [np.arange(n)] if members is None else list(members)
-    orders = [tf.constant(rows, tf.int32) for rows in own]
-    order = _chunked(orders, filler, batch_size, chunk, members is not None)
-    chunks = tf.data.Dataset.from_tensor_slices(order)
-    chunks = chunks.map(_gather(tensors))
-    return Batches(untuned(chunks.cache().prefetch(1)), steps, chunk, complete)
+    orders = [np.arange(n)] if members is None else list(members)
+    made: list[Chunk] = []
+
+    def generate() -> Iterator[Chunk]:
+        if not made:
+            with tf.device("CPU:0"):
+                tensors = _with_filler(arrays)
+                made.extend(_chunked(tensors, orders, batch_size, chunk, members is not None))
+        return iter(made)
+
+    spec = _spec(arrays, batch_size, chunk, members)
+    return Batches(generate, spec, steps, complete, ahead=0)
 
 
-def epoch_rows(n: int, seed: int | None, epoch: int | tf.Tensor) -> tf.Tensor:
+def epoch_rows(n: int, seed: int | None, epoch: int) -> tf.Tensor:
     """Return the order of n rows in an epoch, int32 [n]."""
     rows = tf.range(n)
     if seed is None:
@@ -156,16 +124,10 @@ def epoch_rows(n: int, seed: int | None, epoch: int | tf.Tensor) -> tf.Tensor:
     return tf.random.experimental.stateless_shuffle(rows, seed=key)
 
 
-def epoch_order(n: int, batch_size: int, seed: int | None, epoch: int | tf.Tensor) -> tf.Tensor:
+def epoch_order(n: int, batch_size: int, seed: int | None, epoch: int) -> np.ndarray:
     """Return the rows of each whole batch of an epoch, [n // B, B]."""
     steps = n // batch_size
-    return tf.reshape(epoch_rows(n, seed, epoch)[: steps * batch_size], [steps, batch_size])
-
-
-def chunk_size(steps: int, batch_bytes: int) -> int:
-    """Return S for epochs of so many steps: about equal chunks, as few as there can be."""
-    most = min(MOST_STEPS, max(1, CHUNK_BYTES // max(batch_bytes, 1)))
-    return math.ceil(steps / math.ceil(steps / most))
+    return epoch_rows(n, seed, epoch).numpy()[: steps * batch_size].reshape(steps, batch_size)
 
 
 def _batch_bytes(
@@ -187,31 +149,41 @@ def _with_filler(arrays: tuple[np.ndarray, ...]) -> tuple[tf.Tensor, ...]:
     return tuple(tensors)
 
 
-def _gather(tensors: tuple[tf.Tensor, ...]) -> Callable:
-    """Return a function of chunks of row numbers to those rows of the tensors."""
-
-    @_as_it_is
-    def gather(rows: tf.Tensor, real: tf.Tensor) -> tuple[tuple[tf.Tensor, ...], tf.Tensor]:
-        return tuple(tf.gather(t, rows) for t in tensors), real
-
-    return gather
+def _spec(
+    arrays: tuple[np.ndarray, ...], batch_size: int, chunk: int, members: np.ndarray | None
+) -> tuple[tf.TensorSpec, ...]:
+    leading = [chunk, batch_size] if members is None else [chunk, len(members), batch_size]
+    return tuple(
+        tf.TensorSpec([*leading, *np.shape(array)[1:]], tf_keras.backend.floatx())
+        for array in arrays
+    )
 
 
 def _chunked(
-    orders: list[tf.Tensor], filler: int, batch_size: int, chunk: int, stacked: bool
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return row numbers [n] as [chunks, S, B], filled up, and the real steps of each, [chunks].
+    tensors: tuple[tf.Tensor, ...],
+    orders: list[np.ndarray],
+    batch_size: int,
+    chunk: int,
+    stacked: bool,
+) -> Iterator[Chunk]:
+    """Yield the chunks of one epoch.
 
-    Stacked: those of all members, as [chunks, S, M, B].
+    Args:
+        tensors: [N + 1, ..], the last row of which fills up.
+        orders: rows [n], of each member of an ensemble.
+        batch_size: B.
+        chunk: S.
+        stacked: the chunks have an axis of members.
     """
-    n = orders[0].shape[0]
+    n = len(orders[0])
     steps = math.ceil(n / batch_size)
     count = math.ceil(steps / chunk)
-    padding = [[0, count * chunk * batch_size - n]]
-    padded = [tf.pad(rows, padding, constant_values=filler) for rows in orders]
-    parts = [tf.reshape(rows, [count, chunk, batch_size]) for rows in padded]
-    real = np.minimum(chunk, steps - chunk * np.arange(count)).astype(np.int32)
-    return tf.stack(parts, axis=2) if stacked else parts[0], tf.constant(real)
+    rows = np.full([len(orders), count * chunk * batch_size], len(tensors[0]) - 1, np.int32)
+    rows[:, :n] = orders
+    parts = rows.reshape(len(orders), count, chunk, batch_size).transpose(1, 2, 0, 3)
+    for i, part in enumerate(parts if stacked else parts[:, :, 0]):
+        real = np.int32(min(chunk, steps - chunk * i))
+        yield tuple(tf.gather(tensor, part) for tensor in tensors), real
 
 
 def stack(
@@ -252,7 +224,8 @@ def stack(
                 key == per_epoch - 1, tf.constant(last, tf.int64), tf.constant(chunk, tf.int64)
             ),
         )
-    return Batches(shard_by_row(chunks.map(fill_steps).prefetch(1)), steps, chunk)
+    dataset = shard_by_row(chunks.map(fill_steps).prefetch(1))
+    return Batches(dataset.__iter__, dataset.element_spec[0], steps, ahead=0, dataset=dataset)
 
 
 def _fill(tensor: tf.Tensor, filler: float, size: int) -> tf.Tensor:
@@ -269,19 +242,3 @@ def _fill(tensor: tf.Tensor, filler: float, size: int) -> tf.Tensor:
     paddings = [[0, missing], *([[0, 0]] * (len(shape) - 1))]
     filled = tf.pad(tensor, paddings, constant_values=tf.constant(filler, tensor.dtype))
     return tf.ensure_shape(filled, shape)
-
-
-def untuned(batches: tf.data.Dataset) -> tf.data.Dataset:
-    # There is nothing to tune, and the thread that would do it holds up the end of a `fit` or an
-    # `evaluate`: it sleeps for 10 ms, 20, 40, .. before it sees that it should stop, so that what
-    # takes 1.4 s may end after 2.55.
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return shard_by_row(batches).with_options(options)
-
-
-def shard_by_row(batches: tf.data.Dataset) -> tf.data.Dataset:
-    # Several workers share a batch out by rows: there are no files to share out.
-    options = tf.data.Options()
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-    return batches.with_options(options)

@@ -111,7 +111,7 @@ class Stream(Protocol):
         first_epoch: int = 0,
         chunk: int | None = None,
     ) -> Any:
-        """Return `mdn.data.pipeline.Batches` whose order is a function of (seed, epoch)."""
+        """Return `mdn.data.chunks.Batches` whose order is a function of (seed, epoch)."""
 
 
 @dataclasses.dataclass(frozen=True)

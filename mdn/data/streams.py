@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from mdn.data.blocks import POOL_BYTES, Block, Reader, Words, within
-from mdn.data.generators import Chunk, fill_chunk, python_batches
-from mdn.data.pipeline import Batches, chunk_size
+from mdn.data.chunks import Batches, Chunk, chunk_size, float_specs
+from mdn.data.generators import fill_chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Stream:
                 for arrays in self._shuffled(rng, encode, pool, batch_size, chunk, steps):
                     yield fill_chunk(arrays, shapes), np.int32(len(arrays[1]) // batch_size)
 
-        return python_batches(generate, shapes, steps, self.complete)
+        return Batches(generate, float_specs(shapes), steps, self.complete)
 
     def _shuffled(
         self,
