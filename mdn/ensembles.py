@@ -205,7 +205,7 @@ class Ensemble(MDN):
         y is [M, B, D] or [M, B, T, D] without missing entries.
         """
         head = self.head
-        params = self._network.transposed_params(hidden)  # [M, P, n]
+        params = self._network.packed_params(hidden)  # [M, P, n]
         y = tf.cast(y, head.dtype)
         rows = tf.reshape(y, [self.members, -1, head.event_size])
         return tf.reshape(head.params_log_prob(params, rows), tf.shape(y)[:-1])

@@ -147,11 +147,10 @@ class StackedNetwork:
         params = tf.matmul(hidden, self.variable(head.kernel), transpose_b=True)
         return params + self.variable(head.bias)[:, tf.newaxis]
 
-    def transposed_params(self, hidden: tf.Tensor) -> tf.Tensor:
-        """Return `params` as [M, P, n], which `Head.params_log_prob` takes."""
+    def packed_params(self, hidden: tf.Tensor) -> tf.Tensor:
+        """Return the parameters as `Head.params_log_prob` takes them, [M, P, n]."""
         head = self.template.head
-        params = tf.matmul(self.variable(head.kernel), hidden, transpose_b=True)
-        return params + self.variable(head.bias)[..., tf.newaxis]
+        return head.packed_params(hidden, self.variable(head.kernel), self.variable(head.bias))
 
     def _drop(self, layer: backbones.Dropout, hidden: tf.Tensor) -> tf.Tensor:
         """Drop units of each member as its own seed says: the masks that it would have alone."""

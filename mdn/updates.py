@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import tensorflow as tf
 import tf_keras
 
+from mdn.density.packed import lane_sums
 from mdn.optimizers import AdamW
 
 Pairs = Sequence[tuple[tf.Tensor, tf.Variable]]
@@ -202,9 +203,6 @@ class _Group:
         self.averages = [slots[i] if slots else None for i in index]
 
 
-LANES = 8  # of a sum; more gain nothing
-
-
 def member_norms(gradients: Sequence[tf.Tensor], members: int = 1) -> tf.Tensor:
     """Return the norm of the gradient of each member, [M].
 
@@ -216,17 +214,7 @@ def member_norms(gradients: Sequence[tf.Tensor], members: int = 1) -> tf.Tensor:
     small = [row for row in rows if members * row.shape[1] <= LARGE]
     large = [row for row in rows if members * row.shape[1] > LARGE]
     rows = [*([tf.concat(small, axis=1)] if small else []), *large]
-    return tf.sqrt(tf.add_n([_square_sums(row) for row in rows]))
-
-
-def _square_sums(rows: tf.Tensor) -> tf.Tensor:
-    """Return the sums of the squares of [M, P], [M].
-
-    A few partial sums are taken first: those are operations on vectors to XLA for CPUs, where a
-    sum along the last axis takes five times as long.
-    """
-    squares = tf.pad(tf.square(rows), [[0, 0], [0, -rows.shape[1] % LANES]])
-    return tf.reduce_sum(tf.add_n(tf.split(squares, LANES, axis=1)), axis=1)
+    return tf.sqrt(tf.add_n([lane_sums(tf.square(row)) for row in rows]))
 
 
 def clip_members(pairs: Pairs, norms: tf.Tensor, limit: float) -> Pairs:

@@ -338,7 +338,8 @@ def test_background_is_one_more_component(kind, background):
     density = head.distribution(tf.constant(params))
     assert density.loc.shape == [5, 4, 2]
     np.testing.assert_allclose(density.log_prob(given), expected, rtol=1e-8)
-    fast = head.params_log_prob(tf.constant(params.T[None]), given[None])[0]
+    packed = head.packed_params(tf.eye(5, dtype=tf.float64), params.T, np.zeros(len(params.T)))
+    fast = head.params_log_prob(packed[None], given[None])[0]
     np.testing.assert_allclose(fast, expected, rtol=1e-8)
     again = head.distribution(head.parameters(density))
     np.testing.assert_allclose(again.log_prob(given), expected, rtol=1e-8)

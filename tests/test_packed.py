@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mdn.density.packed import _packed_product, _rows
+from mdn.density.packed import _rows, lane_sums, packed_order
 from mdn.density.positivity import POSITIVITY
 from mdn.heads import Diag, Mixture, MixtureDiag, MixtureLowRank, MixturePrecision, TriL
 
@@ -19,26 +19,24 @@ HEADS = {
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 5, 8, 11])
-def test_rows_are_those_of_fill_triangular(d):
+def test_packed_order_is_the_diagonal_and_then_the_rows_below(d):
     import tensorflow_probability as tfp
 
-    packed = np.random.default_rng(0).standard_normal([2, d * (d + 1) // 2, 4])
-    triangle = tfp.math.fill_triangular(np.moveaxis(packed, 1, -1)).numpy()  # [2, 4, D, D]
-    rows = _rows(tf.constant(packed), d)
+    packed = np.random.default_rng(0).standard_normal([4, d * (d + 1) // 2])
+    triangle = tfp.math.fill_triangular(packed).numpy()  # [4, D, D]
+    found = packed[:, packed_order(d)]
+    np.testing.assert_array_equal(found[:, :d], np.einsum("bii->bi", triangle))
+    rows = _rows(tf.constant(found[:, d:, np.newaxis, np.newaxis]))
+    assert len(rows) == d
     for i, row in enumerate(rows):
-        np.testing.assert_array_equal(np.moveaxis(row.numpy(), 1, -1), triangle[..., i, : i + 1])
+        np.testing.assert_array_equal(row[..., 0, 0], triangle[:, i, :i])
 
 
-@pytest.mark.parametrize("d", [1, 2, 3, 5, 8, 11])
-def test_products_are_packed_as_fill_triangular_packs(d):
-    import tensorflow_probability as tfp
-
-    left, right, diag = np.random.default_rng(0).standard_normal([3, 2, d, 4])
-    dense = np.einsum("kib,kjb->kbij", left, right)
-    dense[..., range(d), range(d)] = np.moveaxis(diag, 1, -1)
-    packed = tfp.math.fill_triangular_inverse(np.tril(dense)).numpy()  # [2, 4, T]
-    found = _packed_product(*map(tf.constant, (left, right, diag)))
-    np.testing.assert_array_equal(np.moveaxis(found.numpy(), 1, -1), packed)
+@pytest.mark.parametrize("n", [1, 7, 8, 61, None])
+def test_sums_in_lanes_are_sums(n):
+    rows = np.random.default_rng(0).standard_normal([2, 3, n or 20])
+    function = tf.function(lane_sums, input_signature=[tf.TensorSpec([2, 3, n], tf.float64)])
+    np.testing.assert_allclose(function(rows), rows.sum(axis=-1), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("positivity", POSITIVITY)

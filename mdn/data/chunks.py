@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 # Python is visited at least this often, for the progress bar and the check for NaN.
@@ -74,7 +75,9 @@ class Batches:
     def _as_dataset(self) -> tf.data.Dataset:
         def chunks() -> Iterator[Chunk]:
             try:
-                yield from self
+                for batches, real in self:
+                    # Copies, as TensorFlow takes the memory it is given here for its own.
+                    yield tuple(np.array(tensor) for tensor in batches), real
             except Exception as error:
                 self.failures.append(error)
                 raise

@@ -9,8 +9,9 @@ Shape letters: B batch, T time, H hidden, D event size, K components, P paramete
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from mdn.data.checks import check_targets
 from mdn.data.resolution import float32_step, resolution
 from mdn.density import positivity as scales
 from mdn.density import transforms
-from mdn.density.packed import packed_log_prob
+from mdn.density.packed import lane_sums, packed_log_prob, packed_order
 from mdn.density.queries import Queries
 from mdn.density.recalibration import Recalibration
 from mdn.density.transformed import Transformed, split_transform, to_base
@@ -214,48 +215,77 @@ class Head(tfp.layers.DistributionLambda):
         """
         y = tf.cast(y, self.dtype)
         hidden = tf.reshape(tf.cast(hidden, self.dtype), [-1, hidden.shape[-1]])  # [B, H]
-        params = tf.matmul(self.kernel, hidden, transpose_b=True)  # [P, B]
-        params += self.bias[:, tf.newaxis]
+        params = self.packed_params(hidden, self.kernel, self.bias)  # [P, B]
         rows = tf.reshape(y, [1, -1, self.event_size])
         return tf.reshape(self.params_log_prob(params[tf.newaxis], rows), tf.shape(y)[:-1])
+
+    def packed_params(self, hidden: tf.Tensor, kernel: Any, bias: Any) -> tf.Tensor:
+        """Return the parameters in the order in which `params_log_prob` takes them, [.., P, B].
+
+        Args:
+            hidden: [.., B, H].
+            kernel: [.., P, H], as the layer has it.
+            bias: [.., P], likewise.
+        """
+        kernel = _permuted(tf.convert_to_tensor(kernel), self._packed_order, -2)
+        bias = _permuted(tf.convert_to_tensor(bias), self._packed_order, -1)
+        return _add_to_rows(tf.matmul(kernel, hidden, transpose_b=True), bias)
+
+    @functools.cached_property
+    def _packed_order(self) -> np.ndarray:
+        """[P], the parameters with the component as the last axis of each, as XLA likes them.
+
+        A triangle comes in the order of `mdn.density.packed.packed_order`. What lies side by side
+        in memory is then what a step of a substitution takes.
+        """
+        found, start, d = [], 0, self.event_size
+        for name, shape in self.layout.items():
+            places = start + np.arange(math.prod(shape)).reshape(shape)
+            start += places.size
+            if name != "logits":
+                places = places.reshape([self.components, *self._event(shape)])
+                if self._event(shape) == (d * (d + 1) // 2,):
+                    places = places[:, packed_order(d)]
+                places = np.moveaxis(places, 0, -1)
+            found.append(places.ravel())
+        return np.concatenate(found)
+
+    def _event(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return a shape of `layout` without the axis of components."""
+        return shape[1:] if "logits" in self.layout else shape
 
     def params_log_prob(self, params: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         """Return the log density of unconstrained parameters whose last axis is the batch.
 
         Args:
-            params: [M, P, B], of M heads with the same scaling of y.
+            params: [M, P, B] as `packed_params` makes them, of M heads with the same scaling of y.
             y: [M, B, D], in the user's units, nothing missing.
 
         Returns:
             [M, B], nats.
         """
         if self.recalibration is not None:
+            params = _permuted(params, np.argsort(self._packed_order), -2)
             return self.distribution(tf.transpose(params, [0, 2, 1])).log_prob(y)
         if self._bijector is not None:
             y, log_slope, inside = to_base(self._bijector, y)
-        k, d = self.components, self.event_size
-        m, n = params.shape[0], tf.shape(params)[2]
-        sizes = {name: math.prod(shape) for name, shape in self.layout.items()}
+        m, k = params.shape[0], self.components
+        n = tf.shape(params)[2]
+        sizes = [math.prod(shape) for shape in self.layout.values()]
         # Of one head without the first axis: XLA would make the gradient once with it and once
         # without.
         flat = tf.squeeze(params, 0) if m == 1 else params
-        split = tf.split(flat, list(sizes.values()), axis=-2)
-        parts = {
-            name: tf.reshape(part, [m, sizes[name], n])
-            for name, part in zip(sizes, split, strict=True)
-        }
+        parts = dict(zip(self.layout, tf.split(flat, sizes, axis=-2), strict=True))
+        logits = parts.pop("logits", None)
+        if logits is not None:
+            logits = tf.reshape(logits, [m, -1, n])
+        for name, part in parts.items():
+            shape = [m, *self._event(self.layout[name]), k]
+            parts[name] = tf.ensure_shape(tf.reshape(part, [*shape, n]), [*shape, params.shape[2]])
         unit = tf.transpose((y - self.y_loc) / self.y_scale, [0, 2, 1])  # [M, D, B]
-        residual = unit[:, tf.newaxis] - tf.reshape(parts["loc"], [m, k, d, n])
-        packed = {
-            name: tf.ensure_shape(
-                tf.reshape(part, [m * k, -1, n]), [m * k, sizes[name] // k, params.shape[2]]
-            )
-            for name, part in parts.items()
-            if name not in ("logits", "loc")
-        }
-        log_prob = self._packed_log_prob(tf.reshape(residual, [m * k, d, n]), packed)
-        log_prob = tf.reshape(log_prob, [m, k, n])
-        log_prob = self._mixed_log_prob(log_prob, parts.get("logits"), unit)  # [M, B]
+        residual = unit[:, :, tf.newaxis] - parts.pop("loc")  # [M, D, K, B]
+        log_prob = self._packed_log_prob(residual, parts)  # [M, K, B]
+        log_prob = self._mixed_log_prob(log_prob, logits, unit)  # [M, B]
         log_prob -= tf.reduce_sum(tf.math.log(self.y_scale))
         if self._bijector is None:
             return log_prob
@@ -274,11 +304,11 @@ class Head(tfp.layers.DistributionLambda):
         return log_prob[:, 0]
 
     def _packed_log_prob(self, residual: tf.Tensor, parts: dict[str, tf.Tensor]) -> tf.Tensor:
-        """Return the log densities, [K, B], of residuals [K, D, B] in standardised units.
+        """Return the log densities, [M, K, B], of residuals [M, D, K, B] in standardised units.
 
         Args:
             residual: nothing missing.
-            parts: [K, .., B] of each parameter but the logits and loc, its event flat.
+            parts: [M, *event, K, B] of each parameter but the logits and loc.
         """
         raw = parts["unconstrained_scale"]
         return packed_log_prob(residual, raw, self.positivity, self.floor)
@@ -451,3 +481,22 @@ class Head(tfp.layers.DistributionLambda):
     def _from_gaussians(self, logits: tf.Tensor, loc: tf.Tensor, scale_tril: tf.Tensor) -> Queries:
         """Return this head's density of K Gaussians: [K], [K, D], [K, D, D]."""
         raise NotImplementedError
+
+
+def _permuted(tensor: tf.Tensor, order: np.ndarray, axis: int) -> tf.Tensor:
+    """Return the tensor in another order along an axis, with a gradient that gathers as well."""
+    if (order == np.arange(len(order))).all():
+        return tensor
+
+    @tf.custom_gradient
+    def permute(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        inverse = np.argsort(order)
+        return tf.gather(tensor, order, axis=axis), lambda g: tf.gather(g, inverse, axis=axis)
+
+    return permute(tensor)
+
+
+@tf.custom_gradient
+def _add_to_rows(rows: tf.Tensor, bias: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+    """Return rows [.., P, B] plus bias [.., P]."""
+    return rows + bias[..., tf.newaxis], lambda g: (g, lane_sums(g))

@@ -367,9 +367,7 @@ class MixtureLowRank(MixtureHead):
         )
 
     def _packed_log_prob(self, residual, parts):
-        m, n = residual.shape[0], tf.shape(residual)[2]
-        factor = tf.reshape(parts["factor"], [m, self.event_size, self.rank, n])
-        raw = parts["unconstrained_scale"]
+        raw, factor = parts["unconstrained_scale"], parts["factor"]
         return packed_low_rank_log_prob(residual, raw, factor, self.positivity, self.floor)
 
     def _from_gaussians(self, logits, loc, scale_tril):
