@@ -100,6 +100,16 @@ class Here:
 SMALL = ["--rows", "512", "--repeats", "1", "--workloads", "S"]
 
 
+def peers_weights():
+    """Return JAX's weights after its epoch as TensorFlow's XLA compiles it, and JAX's, [2, n]."""
+    from benchmarks.speed.jax_peers import Jax
+
+    problem = ours.with_start(draw(dataclasses.replace(WORKLOADS["S"], rows=512)))
+    epoch, state, rows = Jax(problem, "rows").program()
+    after = [run(epoch, state, rows)() for run in (floors._exported, floors._jitted)]
+    return np.array([np.concatenate([np.ravel(leaf) for leaf in leaves]) for leaves in after])
+
+
 @pytest.mark.slow
 def test_speed(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "Worker", Here)
@@ -117,6 +127,8 @@ def test_speed(capsys, tmp_path, monkeypatch):
     assert all(e["microseconds"][0] > 0 for e in found["streaming"])
     alone = {e["key"]: e["microseconds"] for e in found["parts"]["S"]}
     assert alone["Products-tensorflow"][0] > alone["Adam-tensorflow"][0] > 0
+    assert without_jax or alone["Peer-tensorflow"][0] > alone["Products-tensorflow"][0]
+    assert without_jax or np.ptp(peers_weights(), axis=0).max() < 1e-5
     # The same command has nothing left to measure; what did not agree is measured again.
     monkeypatch.setattr(measure, "Worker", None)
     assert speed.main([*SMALL, *where, *sections]) == 0

@@ -1,7 +1,7 @@
-"""What a compiler could reach at best: parts of a train step alone, in a loop of their own.
+"""What a compiler could reach at best: parts of a train step alone, and the fastest peer's step.
 
-The same lines are compiled by TensorFlow's XLA, as `mdn` is, and by JAX's. A process has one of
-the two, so that neither is imported above.
+The same lines are compiled by TensorFlow's XLA, as `mdn` is, and by JAX's, in a process for each,
+so that neither is imported above.
 
 Shape letters: B batch, I incoming and O outgoing units of a layer, P parameters.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.speed.workloads import BETAS, EPSILON, Workload
+from benchmarks.speed.workloads import BETAS, EPSILON, Problem, Workload
 
 # Known at run time alone, lest the compiler leave out what follows from it.
 RATE = np.float32(1e-9)
@@ -109,6 +109,71 @@ def _adam_step(
     square = square + (1.0 - BETAS[1]) * (gradient * gradient - square)
     weights = weights - corrected * mean / (package.sqrt(square) + EPSILON)
     return [rate, count, gradient, weights, mean, square]
+
+
+class Peer:
+    """The epoch of JAX's batch-last contender, as JAX lowers it, in the rows' own order.
+
+    Args:
+        problem: rows and weights.
+        package: "tensorflow" or "jax".
+    """
+
+    def __init__(self, problem: Problem, package: str) -> None:
+        from benchmarks.speed.jax_peers import Jax
+
+        epoch, state, rows = Jax(problem, "rows").program()
+        self.run = (_exported if package == "tensorflow" else _jitted)(epoch, state, rows)
+        self.run()
+
+    def train(self, epochs: int) -> None:
+        for _ in range(epochs):
+            self.run()
+
+
+def _jitted(epoch: Callable, state: Any, rows: tuple) -> Callable[[], list]:
+    """Return what takes an epoch, as JAX compiles it, and returns the leaves of the state."""
+    import jax
+
+    compiled = jax.jit(epoch)
+
+    def run() -> list:
+        nonlocal state
+        state = jax.block_until_ready(compiled(state, *rows))
+        return jax.tree.leaves(state)
+
+    return run
+
+
+def _exported(epoch: Callable, state: Any, rows: tuple) -> Callable[[], list]:
+    """Return the same as TensorFlow's XLA compiles it."""
+    import jax
+    import tensorflow as tf
+    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+    exported = jax.export.export(jax.jit(epoch), platforms=["cpu"])(state, *rows)
+    now, constant = (
+        [tf.constant(np.asarray(leaf)) for leaf in jax.tree.leaves(part)] for part in (state, rows)
+    )
+
+    @tf.function(jit_compile=True, autograph=False)
+    def call(*tensors: tf.Tensor) -> list[tf.Tensor]:
+        return gen_xla_ops.xla_call_module(
+            args=tensors,
+            version=exported.calling_convention_version,
+            module=exported.mlir_module_serialized,
+            Sout=[list(out.shape) for out in exported.out_avals],
+            Tout=[tf.as_dtype(out.dtype) for out in exported.out_avals],
+            platforms=["CPU"],
+        )
+
+    def run() -> list:
+        nonlocal now
+        now = call(*now, *constant)
+        now[0].numpy()
+        return now
+
+    return run
 
 
 def _loop(step: Callable, state: list, steps: int, package: str) -> Callable[[], None]:

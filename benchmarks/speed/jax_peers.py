@@ -78,6 +78,12 @@ class Jax:
             )
         jax.block_until_ready(self._state)
 
+    def program(self) -> tuple[Callable, Any, tuple]:
+        """Return the epoch, a function of the state and the rows; both; the rows in order."""
+        w = self.problem.workload
+        order = np.arange(w.steps * w.batch, dtype=np.int32).reshape(w.steps, w.batch)
+        return _epoch(self._loss, w), self._state, (order, self._x, self._y)
+
     def loss(self, rows: int) -> float:
         return self.problem.mean(lambda x, y: self._mean(self._state[0], x, y), rows)
 

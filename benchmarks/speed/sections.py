@@ -80,12 +80,18 @@ def profile(workload: Workload) -> dict[str, float]:
 
 
 def parts(workload: Workload, repeats: int) -> list[Entrant]:
-    """Race what a step has to do in any case, alone and compiled by TensorFlow's XLA and JAX's."""
-    entrants = []
-    for part, what in ((floors.Products, "the matrix products"), (floors.Adam, "Adam")):
-        for package, compiler in (("tensorflow", "TensorFlow's XLA"), ("jax", "JAX")):
-            key, label = f"{part.__name__}-{package}", f"{what} alone, {compiler}"
-            entrants.append(Entrant(key, label, workload, partial(part, workload, package)))
+    """Race what a step has to do in any case, and the fastest peer's step, in both XLAs."""
+    problem = ours.with_start(draw(workload))
+    makers: list[tuple[str, str, Callable[[str], Any]]] = [
+        ("Products", "the matrix products alone", partial(floors.Products, workload)),
+        ("Adam", "Adam alone", partial(floors.Adam, workload)),
+        ("Peer", "JAX's step, unrolled, batch last", partial(floors.Peer, problem)),
+    ]
+    entrants = [
+        Entrant(f"{name}-{package}", f"{what}, {compiler}", workload, partial(make, package))
+        for name, what, make in makers
+        for package, compiler in (("tensorflow", "TensorFlow's XLA"), ("jax", "JAX"))
+    ]
     race(entrants, repeats)
     return entrants
 
