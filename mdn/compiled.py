@@ -425,6 +425,9 @@ class CompiledModel(tf_keras.Model):
     def _looping(self, train: Any, test: Any) -> Iterator[list[tuple[Any, int | None]]]:
         """Prepare Keras for chunks; yield for each of train and test the dataset and its steps."""
         loop = self._loop
+        # A callback of `fit` may ask for an `evaluate` of its own, after which `fit` goes on.
+        outer = loop.batches, loop.complete, loop.last, self._steps_per_execution.numpy().item()
+        loop.batches, loop.complete, loop.last = {}, {}, None
         in_chunks = bool(self._jit_compile) and not self.run_eagerly
         if self.distribute_strategy.num_replicas_in_sync > 1:
             self._explain("several replicas")
@@ -456,12 +459,12 @@ class CompiledModel(tf_keras.Model):
                 raise failures[0] from None  # what Python raised says more
             raise
         finally:
-            self._steps_per_execution.assign(1)
             if not in_chunks:
                 made = zip(own, (self.train_function, self.test_function), strict=True)
                 loop.functions |= {key: function for key, function in made if function}
             self.train_function, self.test_function = functions
-            loop.batches, loop.complete, loop.last = {}, {}, None
+            loop.batches, loop.complete, loop.last, steps_per_execution = outer
+            self._steps_per_execution.assign(steps_per_execution)
 
     def _explain(self, reason: str) -> None:
         if self._loop.explained != reason:

@@ -355,3 +355,27 @@ def test_nothing_to_evaluate_is_told():
     ):
         with pytest.raises(mdn.MDNError, match="batch_size=-1"):
             call()
+
+
+class Evaluate(tf_keras.callbacks.Callback):
+    def __init__(self, *data):
+        super().__init__()
+        self.data, self.found = data, []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.found.append(self.model.evaluate(*self.data, verbose=0))
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_a_callback_may_evaluate_and_fit_goes_on(jit_compile):
+    x, y = rows()
+    held_out = x[:21], y[:21]
+    asked, runs = Evaluate(*held_out), []
+    for callbacks in ([], [asked]):
+        model = make(jit_compile=jit_compile, steps_per_execution=3)
+        options = {"validation_data": held_out, "callbacks": callbacks, "epochs": 3}
+        runs.append((train(model, x, y, batch_size=BATCH, **options), model.get_weights()))
+    assert runs[0][0] == runs[1][0]
+    for a, b in zip(*(weights for _, weights in runs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert asked.found == runs[0][0]["val_loss"]

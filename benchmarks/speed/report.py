@@ -218,11 +218,10 @@ def _profile(results: Results) -> str:
             *("-" if f is None else f"{f:,.0f}" for f in floors.values()),
         ]
     )
-    beyond = [
-        name
-        for name, peer in peers.items()
-        if peer is not None and peer.spread is not None
-        if (floors[name] or 0.0) > peer.spread.median
+    shares = [
+        f"{name} {floor / peer.spread.median:.0%}"
+        for (name, floor), peer in zip(floors.items(), peers.values(), strict=True)
+        if floor is not None and peer is not None and peer.spread is not None
     ]
     return (
         "## Where a step's time goes, microseconds\n\n"
@@ -232,13 +231,14 @@ def _profile(results: Results) -> str:
         f"{results.repeats} rounds, interleaved: the products of a step's forward and backward "
         "pass and nothing between them, in the fastest of four layouts, and Adam's update of all "
         "weights as one vector, each compiled as one loop from the same lines by both; and the "
-        "whole step of JAX's contender, as JAX lowers it, compiled by both. As TensorFlow's XLA "
-        f"compiles it, it takes {_transplanted(results)} as long.\n\n"
+        "whole step of JAX's contender, as JAX lowers it, compiled by both. The program that "
+        "TensorFlow's XLA makes of it takes, as a multiple of JAX's: "
+        f"{_transplanted(results)}.\n\n"
         + (
-            f"{' and '.join(beyond)}: the products and Adam alone, as TensorFlow's XLA compiles "
-            "them, take longer than a whole step of the best peer, which another XLA compiles. No "
-            "step that it compiles can be as fast.\n"
-            if beyond
+            "As TensorFlow's XLA compiles them, the products and Adam alone take this share of a "
+            "whole step of the best peer, which another XLA compiles; all else that a step does "
+            f"would have to fit into the rest: {', '.join(shares)}.\n"
+            if shares
             else ""
         )
     )
@@ -248,7 +248,7 @@ def _transplanted(results: Results) -> str:
     """Return how many times as long JAX's own step takes in TensorFlow's XLA, by workload."""
     keys = "Peer-tensorflow", "Peer-jax"
     return ", ".join(
-        f"{_ratio(*(_find(parts, key) for key in keys))} ({name})"
+        f"{name} {_ratio(*(_find(parts, key) for key in keys))}"
         for name, parts in results.parts.items()
     )
 
