@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,20 +91,24 @@ class _Loop:
 
     Attributes:
         chunk: steps of a chunk as the user compiled it, or None.
-        batches: "train" and "test": what runs in chunks.
-        complete: "train" and "test": whether no row lacks some of its targets.
         functions: the programs so far: ("train" or "test", complete, ranks of the tensors, which
             an ensemble takes in two ways) -> a function of a chunk; and Keras's own: ("train" or
             "test", complete, whether of one step).
+        batches: "train" and "test": what runs in chunks.
+        mixed: Keras's own loop runs beside the chunks, on what does not.
+        complete: "train" and "test": whether no row lacks some of its targets.
+        taken: the chunks of "train", one after the other.
         afresh: the metrics start at zero with the next chunk.
         last: the metrics after the last chunk.
         explained: why Keras's own loop runs, as the log has it already.
     """
 
     chunk: int | None = None
-    batches: dict[str, Batches] = dataclasses.field(default_factory=dict)
-    complete: dict[str, bool] = dataclasses.field(default_factory=dict)
     functions: dict[tuple, Callable] = dataclasses.field(default_factory=dict)
+    batches: dict[str, Batches] = dataclasses.field(default_factory=dict)
+    mixed: bool = False
+    complete: dict[str, bool] = dataclasses.field(default_factory=dict)
+    taken: Iterator[Chunk] | None = None
     afresh: bool = False
     last: dict[str, tf.Tensor] | None = None
     explained: str = ""
@@ -424,20 +428,20 @@ class CompiledModel(tf_keras.Model):
     @contextlib.contextmanager
     def _looping(self, train: Any, test: Any) -> Iterator[list[tuple[Any, int | None]]]:
         """Prepare Keras for chunks; yield for each of train and test the dataset and its steps."""
-        loop = self._loop
-        # A callback of `fit` may ask for an `evaluate` of its own, after which `fit` goes on.
-        outer = loop.batches, loop.complete, loop.last, self._steps_per_execution.numpy().item()
-        loop.batches, loop.complete, loop.last = {}, {}, None
         in_chunks = bool(self._jit_compile) and not self.run_eagerly
         if self.distribute_strategy.num_replicas_in_sync > 1:
             self._explain("several replicas")
         elif not in_chunks and not self.xla:
             self._explain(f"{type(self).__name__}'s backbone says xla = False")
+        # A callback of `fit` may ask for an `evaluate` of its own, after which `fit` goes on.
+        outer, outer_steps = self._loop, self._steps_per_execution.numpy().item()
+        self._loop = loop = _Loop(outer.chunk, outer.functions)
         given: list[tuple[Any, int | None]] = []
         for which, batches in (("train", train), ("test", test)):
             mine = isinstance(batches, Batches)
             loop.complete[which] = mine and batches.complete
             if not mine:
+                loop.mixed = loop.mixed or batches is not None
                 given.append((batches, None))
             elif in_chunks:
                 loop.batches[which] = batches
@@ -463,8 +467,10 @@ class CompiledModel(tf_keras.Model):
                 made = zip(own, (self.train_function, self.test_function), strict=True)
                 loop.functions |= {key: function for key, function in made if function}
             self.train_function, self.test_function = functions
-            loop.batches, loop.complete, loop.last, steps_per_execution = outer
-            self._steps_per_execution.assign(steps_per_execution)
+            if isinstance(loop.taken, Generator):
+                loop.taken.close()  # and the thread that reads ahead
+            self._loop = outer
+            self._steps_per_execution.assign(outer_steps)
 
     def _explain(self, reason: str) -> None:
         if self._loop.explained != reason:
@@ -531,7 +537,9 @@ class CompiledModel(tf_keras.Model):
                 counter,
                 self.totals(),
             )
-        function, chunks = loop.functions[key], iter(batches)
+        function, chunks = loop.functions[key], iter(batches) if which == "test" else loop.taken
+        if chunks is None:
+            chunks = loop.taken = iter(batches)
 
         def run(_: Iterator) -> dict[str, tf.Tensor]:
             loop.last = function(next(chunks), loop.afresh)
@@ -541,11 +549,12 @@ class CompiledModel(tf_keras.Model):
         return run
 
     def reset_metrics(self) -> None:
-        if not self._loop.batches:
+        loop = self._loop
+        loop.afresh, loop.last = bool(loop.batches), None
+        if not loop.batches or loop.mixed:
             super().reset_metrics()
             return
-        self._loop.afresh = True
-        for metric in super().metrics:
+        for metric in super().metrics:  # the others start at zero in the program
             metric.reset_state()
 
     def get_metrics_result(self) -> dict[str, Any]:

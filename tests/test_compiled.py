@@ -1,5 +1,7 @@
 """The compiled loop does what Keras's own does, step by step."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -379,3 +381,26 @@ def test_a_callback_may_evaluate_and_fit_goes_on(jit_compile):
     for a, b in zip(*(weights for _, weights in runs), strict=True):
         np.testing.assert_array_equal(a, b)
     assert [loss for loss, _ in asked.found] == runs[0][0]["val_loss"]
+
+
+@pytest.mark.parametrize("which", ["train", "validation"])
+def test_metrics_of_chunks_and_of_keras_own_loop_do_not_mix(which):
+    """Where one of train and validation rows cannot be stacked, the other still runs in chunks."""
+    x, y = (array.astype(np.float32) for array in rows())
+    found = []
+    for jit_compile in (True, False):
+        model = make(jit_compile=jit_compile)
+        if which == "train":
+            data = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+            given = (data.filter(lambda *_: True),)  # its length is not known
+            options = {"validation_data": (x[:21], y[:21])}
+        else:
+            given = x, y
+            options = {
+                "validation_data": itertools.cycle([(x[:8], y[:8]), (x[8:21], y[8:21])]),
+                "validation_steps": 2,
+            }
+        found.append(train(model, *given, epochs=3, **options))
+    assert found[0].keys() == found[1].keys()
+    for name, values in found[0].items():
+        np.testing.assert_allclose(values, found[1][name], rtol=1e-5, err_msg=name)

@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -110,14 +111,35 @@ def test_no_batch_at_all():
         make(*rows()).fit(iter([]), steps_per_epoch=2, verbose=0)
 
 
-def test_an_iterator_that_is_alive_at_the_end_keeps_no_process_waiting():
+@pytest.mark.parametrize(
+    "taken",
+    ["batches", "batches.unstacked()", "stack(batches.unstacked(), 2, 3, [0.0])"],
+    ids=["chunks", "batches", "stacked-again"],
+)
+def test_an_iterator_that_is_alive_at_the_end_keeps_no_process_waiting(taken):
     script = (
         "import itertools, numpy as np\n"
         "from mdn.data.chunks import Batches, float_specs\n"
+        "from mdn.data.pipeline import stack\n"
         "def generate():\n"
         "    for _ in itertools.count():\n"
         "        yield (np.zeros([2, 3, 1], 'f'),), np.int32(2)\n"
-        "alive = iter(Batches(generate, float_specs([(2, 3, 1)]), 2))\n"
+        "batches = Batches(generate, float_specs([(2, 3, 1)]), 2)\n"
+        f"alive = iter({taken})\n"
         "next(alive)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True)
+
+
+class Interrupted(tf_keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        raise KeyboardInterrupt
+
+
+def test_no_thread_reads_on_after_a_fit_that_was_interrupted():
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt) as stopped:  # which keeps the frames of `fit` alive
+        make(*rows()).fit(*rows(), epochs=99, callbacks=[Interrupted()], verbose=0)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+        assert not thread.is_alive(), stopped

@@ -1,7 +1,7 @@
-"""What a compiler could reach at best: parts of a train step alone, and the fastest peer's step.
+"""What a compiler could reach at best: parts of a train step alone, and JAX's batch-last step.
 
-The same lines are compiled by TensorFlow's XLA, as `mdn` is, and by JAX's, in a process for each,
-so that neither is imported above.
+The same lines are compiled by TensorFlow's XLA, as `mdn` is, and by JAX's, in a process for each.
+Neither is imported above: only what JAX lowers for TensorFlow has both in one process.
 
 Shape letters: B batch, I incoming and O outgoing units of a layer, P parameters.
 """
@@ -152,6 +152,7 @@ def _exported(epoch: Callable, state: Any, rows: tuple) -> Callable[[], list]:
     from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
     exported = jax.export.export(jax.jit(epoch), platforms=["cpu"])(state, *rows)
+    assert len(exported.module_kept_var_idx) == len(exported.in_avals)  # all are passed below
     now, constant = (
         [tf.constant(np.asarray(leaf)) for leaf in jax.tree.leaves(part)] for part in (state, rows)
     )

@@ -10,6 +10,7 @@ Shape letters: B batch, M ensemble members, S steps of a chunk.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import math
 import queue
@@ -32,6 +33,8 @@ Chunk = tuple[tuple[Any, ...], Any]
 class Batches:
     """A stream of batches of B rows, which begins anew with each iteration over it.
 
+    It cannot where a generator of the user's makes the batches: then it goes on.
+
     Its elements are chunks, (batches, steps): tensors [S, B, ..], or [S, M, B, ..] of an ensemble,
     and how many of the S batches are real, an int32 scalar. Where the rows do not fill a batch, it
     has rows without targets.
@@ -41,7 +44,7 @@ class Batches:
         spec: of the tensors of a chunk.
         steps: batches an epoch.
         complete: no row lacks some of its targets: each has all, or none.
-        ahead: how many chunks a thread reads ahead; 0: what makes them does that.
+        ahead: how many chunks a thread reads ahead; 0: they are there, or read ahead already.
         dataset: the same chunks, where it is a dataset that makes them.
         failures: what ended chunks that Python makes; TensorFlow buries it in an error of its own.
     """
@@ -74,6 +77,7 @@ class Batches:
 
     def _as_dataset(self) -> tf.data.Dataset:
         def chunks() -> Iterator[Chunk]:
+            self.failures.clear()
             try:
                 for batches, real in self:
                     # Copies, as TensorFlow takes the memory it is given here for its own.
@@ -137,8 +141,11 @@ class _Ahead:
         self._thread.start()
 
     def elements(self) -> Iterator[Chunk]:
-        while True:
-            kind, value = self._queue.get()
+        while not self._stop.is_set():  # or the thread ends, and there is nothing to wait for
+            try:
+                kind, value = self._queue.get(timeout=0.2)
+            except queue.Empty:
+                continue
             if kind == "end":
                 return
             if kind == "error":
@@ -146,11 +153,15 @@ class _Ahead:
             yield value
 
     def stop(self) -> None:
+        """Let the thread end as soon as it can."""
         self._stop.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()  # what it waits to put away
 
     def close(self) -> None:
-        """Stop the thread, as a library may end under its hands."""
-        self._stop.set()
+        """Stop the thread and wait for it, as a library may end under its hands."""
+        self.stop()
         self._thread.join(timeout=10)
 
     def _read(self, chunks: Iterator[Chunk]) -> None:
@@ -161,7 +172,7 @@ class _Ahead:
                     if not self._put(("element", (tensors, tf.convert_to_tensor(steps)))):
                         return
             self._put(("end", None))
-        except Exception as error:  # raised where the elements are taken
+        except BaseException as error:  # raised where the elements are taken
             self._put(("error", error))
 
     def _put(self, item: tuple[str, Any]) -> bool:
@@ -170,7 +181,7 @@ class _Ahead:
                 self._queue.put(item, timeout=0.2)
             except queue.Full:
                 continue
-            return True
+            return not self._stop.is_set()
         return False
 
 

@@ -59,6 +59,8 @@ def training_batches(
         steps = whole if drop_remainder else math.ceil(n / batch_size)
     chunk = min(chunk or chunk_size(steps, _batch_bytes(arrays, batch_size, members)), steps)
     own = [None] if members is None else list(members)
+    with tf.device("CPU:0"):
+        tensors = _with_filler(arrays)
 
     def places(epoch: int, seed: int | None) -> np.ndarray:
         if passes == 1:
@@ -68,7 +70,6 @@ def training_batches(
         return np.concatenate(parts)[skipped : skipped + steps].reshape(-1)
 
     def generate() -> Iterator[Chunk]:
-        tensors = _with_filler(arrays)
         for epoch in itertools.count(first_epoch):
             orders = []
             for m, rows in enumerate(own):
@@ -102,17 +103,10 @@ def evaluation_batches(
     batch_size = math.ceil(n / steps)
     chunk = min(chunk or chunk_size(steps, _batch_bytes(arrays, batch_size, members)), steps)
     orders = [np.arange(n)] if members is None else list(members)
-    made: list[Chunk] = []
-
-    def generate() -> Iterator[Chunk]:
-        if not made:
-            with tf.device("CPU:0"):
-                tensors = _with_filler(arrays)
-                made.extend(_chunked(tensors, orders, batch_size, chunk, members is not None))
-        return iter(made)
-
+    with tf.device("CPU:0"):
+        chunks = [*_chunked(_with_filler(arrays), orders, batch_size, chunk, members is not None)]
     spec = _spec(arrays, batch_size, chunk, members)
-    return Batches(generate, spec, steps, complete, ahead=0)
+    return Batches(lambda: iter(chunks), spec, steps, complete, ahead=0)
 
 
 def epoch_rows(n: int, seed: int | None, epoch: int) -> tf.Tensor:
