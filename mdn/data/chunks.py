@@ -44,7 +44,7 @@ class Batches:
         spec: of the tensors of a chunk.
         steps: batches an epoch.
         complete: no row lacks some of its targets: each has all, or none.
-        ahead: how many chunks a thread reads ahead; 0: they are there, or read ahead already.
+        ahead: how many chunks a thread reads ahead; 0: they are all there.
         dataset: the same chunks, where it is a dataset that makes them.
         failures: what ended chunks that Python makes; TensorFlow buries it in an error of its own.
     """

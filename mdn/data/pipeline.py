@@ -218,8 +218,9 @@ def stack(
                 key == per_epoch - 1, tf.constant(last, tf.int64), tf.constant(chunk, tf.int64)
             ),
         )
-    dataset = shard_by_row(chunks.map(fill_steps).prefetch(1))
-    return Batches(dataset.__iter__, dataset.element_spec[0], steps, ahead=0, dataset=dataset)
+    # Not prefetched: where it is Python that makes the batches, see `mdn.data.chunks`.
+    dataset = shard_by_row(chunks.map(fill_steps))
+    return Batches(dataset.__iter__, dataset.element_spec[0], steps, ahead=1, dataset=dataset)
 
 
 def _fill(tensor: tf.Tensor, filler: float, size: int) -> tf.Tensor:
