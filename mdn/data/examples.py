@@ -39,12 +39,12 @@ def read_floats(rows: np.ndarray, lengths: Mapping[str, int]) -> dict[str, np.nd
     fixed = np.full(rows.shape[1], 0xFF, np.uint8)
     for start, bytes_ in places.values():
         fixed[start : start + bytes_] = 0
-    if ((rows ^ rows[0]) & fixed).any():
+    other = rows ^ rows[0]
+    other &= fixed
+    if other.max():  # sooner than any(), which makes a truth value of each byte
         return None
     return {
-        name: np.ascontiguousarray(rows[:, places[name][0] : places[name][0] + 4 * n])
-        .view("<f4")
-        .astype(np.float32, copy=False)
+        name: rows[:, places[name][0] : places[name][0] + 4 * n].view("<f4").astype(np.float32)
         for name, n in lengths.items()
     }
 

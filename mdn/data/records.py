@@ -219,8 +219,8 @@ class TFRecordReader:
         rows = np.frombuffer(data, np.uint8, most * size, at).reshape(most, size)
         if most < _FEW or (rows[:_FEW, :_HEAD] != rows[0, :_HEAD]).any():
             return rows[:1]
-        other = (rows[:, :_HEAD] != rows[0, :_HEAD]).any(axis=1)
-        return rows[: other.argmax()] if other.any() else rows
+        other = rows[:, :_HEAD] != rows[0, :_HEAD]
+        return rows[: other.any(axis=1).argmax()] if other.any() else rows
 
     def _block(self, start: int, lists: dict[str, np.ndarray]) -> Block:
         y = np.concatenate([lists[name] for name in self._targets], axis=1).astype(np.float64)
