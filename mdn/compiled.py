@@ -537,9 +537,10 @@ class CompiledModel(tf_keras.Model):
                 counter,
                 self.totals(),
             )
-        function, chunks = loop.functions[key], iter(batches) if which == "test" else loop.taken
-        if chunks is None:
-            chunks = loop.taken = iter(batches)
+        function = loop.functions[key]
+        chunks = iter(batches)
+        if which == "train":  # which goes on where Keras asks for its function anew
+            loop.taken = chunks = loop.taken or chunks
 
         def run(_: Iterator) -> dict[str, tf.Tensor]:
             loop.last = function(next(chunks), loop.afresh)

@@ -383,6 +383,20 @@ def test_a_callback_may_evaluate_and_fit_goes_on(jit_compile):
     assert [loss for loss, _ in asked.found] == runs[0][0]["val_loss"]
 
 
+class MakeAnew(tf_keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.train_function = self.model.make_train_function(force=True)
+
+
+def test_a_train_function_that_is_made_anew_goes_on_with_the_order():
+    x, y = rows()
+    plain, anew = (
+        train(make(), x, y, batch_size=BATCH, epochs=3, callbacks=callbacks)
+        for callbacks in ([], [MakeAnew()])
+    )
+    assert plain == anew
+
+
 @pytest.mark.parametrize("which", ["train", "validation"])
 def test_metrics_of_chunks_and_of_keras_own_loop_do_not_mix(which):
     """Where one of train and validation rows cannot be stacked, the other still runs in chunks."""
