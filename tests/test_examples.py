@@ -50,12 +50,15 @@ def test_lists_are_those_of_the_parser():
         np.testing.assert_array_equal(found[name], expected[name])
 
 
-def test_any_changed_byte_is_read_as_the_parser_does_or_not_at_all():
+@pytest.mark.parametrize(
+    ("n", "one"), [(3, 1), (35, 17), (35, 33)], ids=["few", "of a group", "behind the groups"]
+)
+def test_any_changed_byte_is_read_as_the_parser_does_or_not_at_all(n, one):
     """Of one row, or of all: names, lengths, types, and values."""
-    rows = records(3)
+    rows = records(n)
     taken = 0
     for at in range(len(rows[0])):
-        for changed in ([1], [0, 1, 2]):
+        for changed in ([one], range(n)):
             damaged = [bytearray(row) for row in rows]
             for i in changed:
                 damaged[i][at] ^= 0x55
@@ -67,6 +70,14 @@ def test_any_changed_byte_is_read_as_the_parser_does_or_not_at_all():
             for name, values in parsed(damaged).items():
                 np.testing.assert_array_equal(found[name], values)
     assert taken >= 2 * 16  # the values' own bytes, at least
+
+
+def test_frames_are_not_looked_at():
+    rows, rng = records(20), np.random.default_rng(0)
+    framed = [rng.bytes(12) + row + rng.bytes(4) for row in rows]
+    found = read_floats(table(framed), LENGTHS, (12, 4))
+    for name, values in parsed(rows).items():
+        np.testing.assert_array_equal(found[name], values)
 
 
 @pytest.mark.parametrize(

@@ -17,36 +17,57 @@ _LENGTH_DELIMITED = 2  # a wire type of Protocol Buffers
 # Numbers of the fields, from message to message: Example.features, Features.feature (a map, whose
 # entries are messages of a key and a value), Feature.float_list, FloatList.value.
 _FEATURES, _ENTRY, _KEY, _VALUE, _FLOAT_LIST, _VALUES = 1, 1, 1, 2, 2, 1
+_GROUP = 16  # rows that are compared at a time
 
 
-def read_floats(rows: np.ndarray, lengths: Mapping[str, int]) -> dict[str, np.ndarray] | None:
+def read_floats(
+    rows: np.ndarray, lengths: Mapping[str, int], frame: tuple[int, int] = (0, 0)
+) -> dict[str, np.ndarray] | None:
     """Return the lists of each record, if the records are laid out alike.
 
     Args:
-        rows: n serialised examples of as many bytes, [n, bytes] uint8.
+        rows: n serialised examples of as many bytes, [n, bytes] uint8, C-contiguous.
         lengths: how many floats each list has, by name.
+        frame: bytes before and after each example, which are not looked at.
 
     Returns:
         [n, length] float32 by name; None where something differs but the values, or a list is not
         there, of another length, or not of floats: parse the records then.
     """
     try:
-        places = dict(_places(rows[0].tobytes()))
+        examples = rows[:, frame[0] : rows.shape[1] - frame[1]]
+        places = dict(_places(examples[0].tobytes()))
     except (IndexError, UnicodeDecodeError, ValueError):
         return None
     if any(name not in places or places[name][1] != 4 * n for name, n in lengths.items()):
         return None
-    fixed = np.full(rows.shape[1], 0xFF, np.uint8)
+    fixed = np.zeros(rows.shape[1], bool)
+    fixed[frame[0] : rows.shape[1] - frame[1]] = True
     for start, bytes_ in places.values():
-        fixed[start : start + bytes_] = 0
-    other = rows ^ rows[0]
-    other &= fixed
-    if other.max():  # sooner than any(), which makes a truth value of each byte
+        fixed[frame[0] + start : frame[0] + start + bytes_] = False
+    if _differ(rows)[fixed].any():
         return None
     return {
-        name: rows[:, places[name][0] : places[name][0] + 4 * n].view("<f4").astype(np.float32)
+        name: examples[:, places[name][0] : places[name][0] + 4 * n].view("<f4").astype(np.float32)
         for name, n in lengths.items()
     }
+
+
+def _differ(rows: np.ndarray) -> np.ndarray:
+    """Return which bits of [n, bytes] differ between any two rows, [bytes].
+
+    Without a pass that writes as much as it reads, and with long rows, which are faster: a third
+    of the time of a comparison with the first row.
+    """
+    whole = len(rows) // _GROUP * _GROUP
+    groups = rows[:whole].reshape(-1, _GROUP * rows.shape[1])
+    every, some = (
+        np.concatenate(
+            [reduce(groups, axis=0).reshape([_GROUP, -1]) if whole else rows[:1], rows[whole:]]
+        )
+        for reduce in (np.bitwise_and.reduce, np.bitwise_or.reduce)
+    )
+    return np.bitwise_and.reduce(every, axis=0) ^ np.bitwise_or.reduce(some, axis=0)
 
 
 def _places(record: bytes) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -30,7 +30,7 @@ READ_BYTES = 4 * 2**20
 _LENGTH = struct.Struct("<Q")
 _HEAD, _TAIL = 12, 4
 _FEW = 64  # records of one size are read one by one
-# Serialised examples: of any sizes, or [n, bytes] uint8.
+# Serialised examples of any sizes; or such of one size in their frames, [n, bytes] uint8.
 Records = list[bytes] | np.ndarray
 
 
@@ -166,9 +166,11 @@ class TFRecordReader:
     def _lists(self, piece: int, start: int, records: Records) -> dict[str, np.ndarray]:
         """Return the lists of consecutive records: name -> [n, length]."""
         if isinstance(records, np.ndarray):
-            if self._all_floats and (lists := read_floats(records, self._lengths)) is not None:
-                return lists
-            records = [record.tobytes() for record in records]
+            if self._all_floats:
+                lists = read_floats(records, self._lengths, (_HEAD, _TAIL))
+                if lists is not None:
+                    return lists
+            records = [frame[_HEAD:-_TAIL].tobytes() for frame in records]
         try:
             # Not in a tf.function, which would wait for the threads that wait for its rows.
             parsed = tf.io.parse_example(tf.constant(records, tf.string), self._spec)
@@ -197,7 +199,7 @@ class TFRecordReader:
                             if records:
                                 yield records
                                 records = []
-                            yield alike[:, _HEAD:-_TAIL]
+                            yield alike
                             at += alike.size
                             continue
                         records.append(data[at + _HEAD : end])
@@ -217,10 +219,11 @@ class TFRecordReader:
         """Return records of one size that follow each other, with their frames: [n, size]."""
         most = min((len(data) - at) // size, self._block_rows)
         rows = np.frombuffer(data, np.uint8, most * size, at).reshape(most, size)
-        if most < _FEW or (rows[:_FEW, :_HEAD] != rows[0, :_HEAD]).any():
+        lengths = np.ndarray([most], "<u8", data, at, [size])
+        if most < _FEW or (lengths[:_FEW] != lengths[0]).any():
             return rows[:1]
-        other = rows[:, :_HEAD] != rows[0, :_HEAD]
-        return rows[: other.any(axis=1).argmax()] if other.any() else rows
+        other = lengths != lengths[0]
+        return rows[: other.argmax()] if other.any() else rows
 
     def _block(self, start: int, lists: dict[str, np.ndarray]) -> Block:
         y = np.concatenate([lists[name] for name in self._targets], axis=1).astype(np.float64)
