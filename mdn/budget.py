@@ -1,4 +1,4 @@
-"""How long to train, and on how many rows at a time, where `auto` leaves it to the data."""
+"""How long to train, on how many rows at a time and with what decay, where `auto` says so."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from omegaconf import DictConfig
 from mdn.data.rows import Data
 from mdn.errors import DataError
 
-SMALLEST_BATCH, LARGEST_BATCH = 32, 256
+SMALLEST_BATCH, LARGEST_BATCH = 32, 1024
 LEAST_STEPS, MOST_STEPS = 2500, 8000
 PASSES = 60
+MOST_DECAY, DECAY_ROWS = 3.0, 3000.0 / 3.0
 
 
 def batch_size(rows: int) -> int:
-    """Return the power of two nearest to a sixteenth of the rows, between 32 and 256."""
-    size = 2 ** round(math.log2(max(rows, 1) / 16.0))
+    """Return the power of two nearest to a share of the rows, between 32 and 1,024.
+
+    The share is a sixteenth up to 256 rows, and a hundred-and-twenty-eighth beyond.
+    """
+
+    def nearest(share: float) -> int:
+        return 2 ** round(math.log2(max(rows, 1) * share))
+
+    size = max(min(nearest(1 / 16), 256), nearest(1 / 128))
     return min(max(size, SMALLEST_BATCH), LARGEST_BATCH)
 
 
@@ -26,8 +34,17 @@ def train_steps(rows: int, batch: int) -> int:
     return min(max(PASSES * rows // batch, LEAST_STEPS), MOST_STEPS)
 
 
+def weight_decay(rows: int) -> float:
+    """Return 3 up to 1,000 rows, and less in proportion the more there are.
+
+    The decay stands beside the mean over rows: a prior that is to be worth a fixed number of rows
+    has to fall as they grow.
+    """
+    return MOST_DECAY / max(rows / DECAY_ROWS, 1.0)
+
+
 def settle(config: DictConfig, data: Data) -> DictConfig:
-    """Return the config with numbers in place of each `auto` of the trainer.
+    """Return the config with numbers in place of each `auto` of the trainer and the optimizer.
 
     Raises:
         DataError: there are fewer rows than folds.
@@ -39,6 +56,8 @@ def settle(config: DictConfig, data: Data) -> DictConfig:
         trainer.batch_size = min(batch_size(rows), member_rows(config, data))
     if trainer.steps == "auto":
         trainer.steps = train_steps(rows, trainer.batch_size)
+    if config.optimizer.get("weight_decay") == "auto":
+        config.optimizer.weight_decay = weight_decay(member_rows(config, data))
     return config
 
 

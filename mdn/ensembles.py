@@ -101,6 +101,11 @@ class Ensemble(MDN):
         """The weights of the members, [M, ..] each."""
         return self._network.weights
 
+    @property
+    def head_weights(self) -> tuple[tf.Variable, tf.Variable]:
+        head = self.head
+        return self._network.variable(head.kernel), self._network.variable(head.bias)
+
     def are_stacked(self) -> list[bool]:
         """Return which of `weights` have a slice for each member."""
         known = {weight.ref() for weight in self.stacked_weights}

@@ -212,6 +212,11 @@ class MDN(AnsweringModel):
         return [self.encoder, *embedding, self.backbone, self.head]
 
     @property
+    def head_weights(self) -> tuple[tf.Variable, tf.Variable]:
+        """The head's kernel [P, H] and bias [P]; of an ensemble [M, P, H] and [M, P]."""
+        return self.head.kernel, self.head.bias
+
+    @property
     def xla(self) -> bool:
         return getattr(self.backbone, "xla", True)
 

@@ -204,7 +204,7 @@ class OptimizerOptions(Target):
 
 
 class AdamWOptions(OptimizerOptions):
-    weight_decay: NonNegativeFloat
+    weight_decay: NonNegativeFloat | Literal["auto"]
     decay: Literal["all", "kernels"]
 
 
@@ -337,6 +337,7 @@ class TrainerOptions(Section):
     warmup: NonNegativeFloat
     ema: Share | None
     jitter: bool
+    split_components: bool
     compiled: bool
     steps_per_execution: PositiveInt | None
     deterministic: bool

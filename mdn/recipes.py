@@ -16,6 +16,7 @@ import tf_keras
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mdn.callbacks.averaging import AveragedWeights
+from mdn.callbacks.splitting import SplitComponents
 from mdn.callbacks.stopping import EarlyStopping, MemberStopping
 from mdn.data.rows import Data
 from mdn.preparation import make_batches
@@ -27,7 +28,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "smooth": {
         "embedding": None,
         "backbone.widths": [128, 128, 128],
-        "optimizer.weight_decay": 3.0,
+        "optimizer.weight_decay": "auto",
+        "k": 20,
     },
 }
 
@@ -67,10 +69,11 @@ def fit_quietly(
     patience = config.trainer.epochs if given is None else given.patience
     stopping = (MemberStopping if config.ensemble > 1 else EarlyStopping)(patience=patience)
     averages = [] if config.trainer.ema is None else [AveragedWeights()]
+    splitting = [SplitComponents(data.train)] if config.trainer.split_components else []
     model.fit(
         batches,
         epochs=config.trainer.epochs,
         validation_data=held_out,
-        callbacks=[stopping, *averages, *callbacks],
+        callbacks=[stopping, *splitting, *averages, *callbacks],
         verbose=0,
     )

@@ -23,6 +23,7 @@ from mdn.callbacks.averaging import AveragedWeights
 from mdn.callbacks.checkpoint import Checkpoint, Progress
 from mdn.callbacks.guard import DivergedError, NanGuard
 from mdn.callbacks.interrupt import Interrupt
+from mdn.callbacks.splitting import SplitComponents
 from mdn.callbacks.tensorboard import write_summary
 from mdn.config import make
 from mdn.data.checks import check_batch_size
@@ -169,6 +170,8 @@ def make_callbacks(
         if name != "checkpoint"
     ]
     callbacks += [NanGuard(data.train, data.features, data.targets), EpochLog()]
+    if config.trainer.split_components:
+        callbacks.append(SplitComponents(data.train))
     if config.trainer.ema is not None:
         callbacks.append(AveragedWeights())  # behind those that read the weights
     folder = str(directory / "checkpoints" / place)
@@ -263,6 +266,7 @@ def fit_variants(
     fitted: dict[str, Fitted] = {}
     diverged: dict[str, DivergedError] = {}
     for name, candidate in variants(config).items():
+        candidate = settle(candidate, data)
         log.info("recipe: variant %r", name)
         place = name.replace(" ", "-")
         try:

@@ -166,6 +166,13 @@ class Head(tfp.layers.DistributionLambda):
         return sum(math.prod(shape) for shape in self.layout.values())
 
     @property
+    def places(self) -> dict[str, np.ndarray]:
+        """Parameter name -> where each entry of its event is on the parameter axis."""
+        ends = np.cumsum([math.prod(shape) for shape in self.layout.values()])
+        parts = np.split(np.arange(self.params_size), ends[:-1])
+        return {n: p.reshape(s) for (n, s), p in zip(self.layout.items(), parts, strict=True)}
+
+    @property
     def components(self) -> int:
         """K; one where the head has no mixture."""
         return self.layout["logits"][0] if "logits" in self.layout else 1
@@ -238,10 +245,9 @@ class Head(tfp.layers.DistributionLambda):
         A triangle comes in the order of `mdn.density.packed.packed_order`. What lies side by side
         in memory is then what a step of a substitution takes.
         """
-        found, start, d = [], 0, self.event_size
-        for name, shape in self.layout.items():
-            places = start + np.arange(math.prod(shape)).reshape(shape)
-            start += places.size
+        found, d = [], self.event_size
+        for name, places in self.places.items():
+            shape = places.shape
             if name != "logits":
                 places = places.reshape([self.components, *self._event(shape)])
                 if self._event(shape) == (d * (d + 1) // 2,):
