@@ -13,7 +13,7 @@ from mdn.errors import DataError
 SMALLEST_BATCH, LARGEST_BATCH = 32, 1024
 LEAST_STEPS, MOST_STEPS = 2500, 8000
 PASSES = 60
-MOST_DECAY, DECAY_ROWS = 3.0, 3000.0 / 3.0
+MOST_DECAY, DECAY_ROWS = 0.3, 10_000
 
 
 def batch_size(rows: int) -> int:
@@ -35,7 +35,7 @@ def train_steps(rows: int, batch: int) -> int:
 
 
 def weight_decay(rows: int) -> float:
-    """Return 3 up to 1,000 rows, and less in proportion the more there are.
+    """Return .3 up to 10,000 rows, and less in proportion the more there are.
 
     The decay stands beside the mean over rows: a prior that is to be worth a fixed number of rows
     has to fall as they grow.

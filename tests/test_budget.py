@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from mdn.budget import batch_size, epoch_steps, member_rows, settle, train_steps
+from mdn.budget import batch_size, epoch_steps, member_rows, settle, train_steps, weight_decay
 from mdn.config import compose_config
 from mdn.data.pipeline import epoch_rows, training_batches
 from mdn.data.rows import Data, Rows
@@ -15,7 +15,16 @@ from mdn.errors import DataError
 
 @pytest.mark.parametrize(
     ("rows", "batch", "steps"),
-    [(100, 32, 2500), (927, 64, 2500), (1439, 64, 2500), (8611, 256, 2500), (41157, 256, 8000)],
+    [
+        (100, 32, 2500),
+        (927, 64, 2500),
+        (1439, 64, 2500),
+        (8611, 256, 2500),
+        (41157, 256, 8000),
+        (60_000, 512, 60 * 60_000 // 512),
+        (100_000, 1024, 60 * 100_000 // 1024),
+        (10**7, 1024, 8000),
+    ],
 )
 def test_budget_by_the_rows(rows, batch, steps):
     assert batch_size(rows) == batch
@@ -30,8 +39,14 @@ def data(train, validation):
     return Data(rows(train), rows(validation), rows(5), ("x",), ("y",))
 
 
+def test_decay_by_the_rows():
+    assert weight_decay(10) == weight_decay(10_000) == 0.3
+    assert weight_decay(10**6) == pytest.approx(0.003)  # worth as many rows as before
+
+
 def test_settled_config_has_numbers():
-    config = compose_config(["experiment=tabular", "data=npz"])
+    config = compose_config(["experiment=tabular", "data=npz", "optimizer.weight_decay=auto"])
+    assert settle(config, data(20_000, 5000)).optimizer.weight_decay == weight_decay(20_000)
     settled = settle(config, data(834, 93))
     assert settled.trainer.batch_size == 64
     assert settled.trainer.steps == 2500
