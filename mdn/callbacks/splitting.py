@@ -29,11 +29,11 @@ class SplitComponents(tf_keras.callbacks.Callback):
     """Splits the heaviest component of a mixture in two where another one has died.
 
     Early in a training a few components take all targets, and from then on the others have hardly
-    a gradient: of ten, five are left. At the start of some epochs one whose weight is less than a
-    quarter of the heaviest's becomes a copy of that; each of the two has half its weight, and they
-    are moved apart by a standard deviation along its longest axis. The weight of a component is
-    here the root of the mean square over rows, which is large for one that few rows, but those
-    alone, belong to. No target has a part in it.
+    a gradient: of ten, five are left. Nine times in the first three fifths of the epochs, one with
+    less than a quarter of the weight of the heaviest becomes a copy of that; each of the two has
+    half its weight, and they are moved apart by a standard deviation along its longest axis. The
+    weight of a component is here the root of the mean square over rows, which is large for one
+    that few rows, but those alone, belong to. No target has a part in it.
 
     A head without several components is left alone.
 
@@ -56,10 +56,7 @@ class SplitComponents(tf_keras.callbacks.Callback):
         due = {round((i + 1) * UNTIL * epochs / TIMES) for i in range(TIMES)} - {0}
         if epoch not in due or not isinstance(head, MixtureHead) or head.components == 1:
             return
-        size = self.model.stacked * head.components * head.event_size**2
-        count = max(1, min(ROWS, ELEMENTS // size, len(self.rows)))
-        chosen = np.linspace(0, len(self.rows) - 1, count).astype(int)
-        split_components(self.model, self.rows.take(chosen).x)
+        split_components(self.model, self.rows.take(_spread(len(self.rows), ROWS)).x)
 
 
 def split_components(model: Any, x: Any) -> int:
@@ -84,7 +81,7 @@ def split_components(model: Any, x: Any) -> int:
     arrays = [variable.numpy() for variable in state]
     values = [a.reshape([model.stacked, head.params_size, -1]) for a in arrays]  # views
     biases = values[len(variables[0]) :][: len(variables[1])]
-    weight, covariance = _components(model, tf.constant(model._as_rows(x)))
+    weight, covariance = _components(model, model._as_rows(x))
     every = head.places
     own = [p[: head.components].reshape([head.components, -1]) for p in every.values()]
     places, count = np.concatenate(own, axis=1), 0  # [K, n], all of a component
@@ -111,12 +108,14 @@ def split_components(model: Any, x: Any) -> int:
     return count
 
 
-def _components(model: Any, x: Any) -> tuple[np.ndarray, np.ndarray]:
+def _components(model: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the weights of the components, [M, K], and their mean covariances, [M, K, D, D].
 
-    The covariances are in standardised units.
+    The covariances are in standardised units. x is [N, F] or [N, T, F].
     """
     head = model.head
+    size = model.stacked * x[0, ..., 0].size * head.components * head.event_size**2
+    x = tf.constant(x[_spread(len(x), max(1, ELEMENTS // size))])
     density = model.member_densities(x) if model.stacked > 1 else model(x, training=False)
     parameters = split_transform(density)[0].mixture_parameters()
     k, d = head.components, head.event_size
@@ -129,8 +128,15 @@ def _components(model: Any, x: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt(np.mean(np.square(shares), axis=1)), covariance
 
 
+def _spread(rows: int, most: int) -> np.ndarray:
+    """Return the numbers of all rows, or of `most` at equal distances."""
+    return np.linspace(0, rows - 1, min(rows, most)).astype(int)
+
+
 def _slots(optimizer: Any, variable: tf.Variable, names: tuple[str, ...]) -> list[tf.Variable]:
-    """Return what the optimizer keeps of a variable, as far as it keeps any of it."""
+    """Return what the optimizer keeps of a variable: nothing before it is built."""
+    if not hasattr(optimizer, "_index_dict"):
+        return []
     index = optimizer._index_dict[optimizer._var_key(variable)]
     kept = [getattr(optimizer, name, None) for name in names]
     return [variables[index] for variables in kept if variables]
