@@ -19,7 +19,7 @@ MOST_DECAY, DECAY_ROWS = 0.3, 10_000
 def batch_size(rows: int) -> int:
     """Return the power of two nearest to a share of the rows, between 32 and 1,024.
 
-    The share is a sixteenth up to 256 rows, and a hundred-and-twenty-eighth beyond.
+    The share is a sixteenth up to batches of 256, and a hundred-and-twenty-eighth beyond.
     """
 
     def nearest(share: float) -> int:

@@ -66,6 +66,10 @@ def check_unconditional(values: dict[str, Any], groups: dict[str, Any], embeddin
         raise ConfigError(f"embedding: model={name} has none; leave it out")
     if values["trainer"]["jitter"]:
         raise ConfigError(f"trainer.jitter=true: model={name} has none; set it to false")
+    if values["trainer"]["split_components"]:
+        raise ConfigError(
+            f"trainer.split_components=true: model={name} splits none; set it to false"
+        )
     if values["ensemble"] > 1:
         raise ConfigError(
             f"ensemble={values['ensemble']}: model={name} has no ensemble; set ensemble=1"
@@ -151,6 +155,11 @@ def check_recipe(values: dict[str, Any], groups: dict[str, Any]) -> None:
         raise ConfigError(
             "trainer.jitter=true: noise could leave the domain of target_transform; set "
             "trainer.jitter=false"
+        )
+    if trainer["split_components"] and "components" not in groups["model"]:
+        raise ConfigError(
+            "trainer.split_components=true: the model has one component; set it to false, or use "
+            "model=mixture"
         )
     if trainer["steps"] is not None and (data.get("stream") or data["_target_"] == STREAMED):
         raise ConfigError(

@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "embedding": None,
         "backbone.widths": [128, 128, 128],
         "optimizer.weight_decay": "auto",
-        "k": _twice,
+        "model.components": _twice,
     },
     "smoothest": {
         "embedding": None,
@@ -56,8 +56,11 @@ def _changed(config: DictConfig, changes: dict[str, Any]) -> DictConfig:
     config = copy.deepcopy(config)
     with open_dict(config):
         for key, value in changes.items():
-            new = value(OmegaConf.select(config, key)) if callable(value) else value
-            OmegaConf.update(config, key, new, merge=False)
+            if callable(value):
+                if (given := OmegaConf.select(config, key)) is None:  # as a normal has no number
+                    continue
+                value = value(given)
+            OmegaConf.update(config, key, value, merge=False)
         config.recipe = None
     return config
 

@@ -169,9 +169,9 @@ def make_callbacks(
         for name in nodes
         if name != "checkpoint"
     ]
-    callbacks += [NanGuard(data.train, data.features, data.targets), EpochLog()]
     if config.trainer.split_components:
-        callbacks.append(SplitComponents(data.train))
+        callbacks.append(SplitComponents(data.train))  # before what remembers the weights
+    callbacks += [NanGuard(data.train, data.features, data.targets), EpochLog()]
     if config.trainer.ema is not None:
         callbacks.append(AveragedWeights())  # behind those that read the weights
     folder = str(directory / "checkpoints" / place)

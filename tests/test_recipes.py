@@ -33,6 +33,10 @@ def test_a_variant_is_a_diff():
     config.recipe = None
     assert found["as given"] == config
     assert found["smooth"].model.components == 2 * config.k
+    config = compose_config([*TABULAR, "model.components=5"])
+    assert recipes.variants(config)["smooth"].model.components == 10
+    one = ("recipe=auto", "ensemble=2", "optimizer=adamw", "model=tril")
+    assert "components" not in recipes.variants(compose_config(one))["smooth"].model
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,8 @@ def test_a_variant_is_a_diff():
         (["recipe=auto", "ensemble=2", "backbone=resnet"], "tries depths of backbone=mlp; use it"),
         (["trainer.jitter=true", "target_transform=log"], "noise could leave the domain"),
         (["trainer.jitter=true", "model=vae", "data=digits"], "model=vae has none"),
+        (["trainer.split_components=true", "model=vae", "data=digits"], "model=vae splits none"),
+        (["trainer.split_components=true", "model=tril"], "the model has one component"),
         (["embedding=piecewise", "model=distribution"], "embedding: model=distribution has none"),
         (["embedding=piecewise", "embedding.bins=1"], "embedding.bins=1: must be greater than"),
         (["embedding=linear"], "there is no such embedding; choose one of none, piecewise"),
@@ -68,7 +74,7 @@ def test_mistakes_in_a_config(overrides, message):
 @pytest.mark.slow
 def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch, eager_steps):
     variants = {"as given": {}, "still": {"optimizer.learning_rate": 1e-12}}
-    variants["smooth"] = {"embedding": None}
+    variants["smooth"] = {**recipes.VARIANTS["smooth"], "backbone.widths": [4]}
     variants["wild"] = {"optimizer.learning_rate": 1e30}
     monkeypatch.setattr(recipes, "VARIANTS", variants)
     tiny = ("ensemble=2", "folds=2", "k=2", "backbone.widths=[4]", "embedding.bins=2")
@@ -81,12 +87,18 @@ def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch, eager_steps):
     def interrupt(*args):
         raise KeyboardInterrupt
 
+    splits = []
+    monkeypatch.setattr(
+        "mdn.callbacks.splitting.split_components",
+        lambda model, rows: splits.append((model.head.components, model.optimizer.weight_decay)),
+    )
     with monkeypatch.context() as patch:
         patch.setattr(training, "compare", interrupt)
         with pytest.raises(training.InterruptedRunError):
             training.train(config)
     trained = sorted(run.glob("checkpoints/*/epoch-00002.npz"))
     assert [p.parent.name for p in trained] == ["as-given", "smooth", "still"]
+    assert set(splits) == {(2, 1.0), (4, 0.3)}  # "smooth" has twice as many, its decay by the rows
     before = [p.stat().st_mtime_ns for p in trained]
     metrics = training.train(config)
     assert [p.stat().st_mtime_ns for p in trained] == before  # nothing is trained again

@@ -46,7 +46,7 @@ def make(head=mdn.heads.Mixture, members=1, weights=WEIGHTS, **options):
 def test_each_half_is_the_heavy_one_moved_along_its_longest_axis(head, background):
     model, x = make(getattr(mdn.heads, head), background=background), rows().x
     before = model.predict_distribution(x).mixture_parameters()
-    assert split_components(model, x) == 1
+    assert split_components(model, rows()) == 1
     after = model.predict_distribution(x).mixture_parameters()
     heavy, dead, others = 1, 2, [0, 3]
     old, new = (tf.nn.softmax(p.logits).numpy() for p in (before, after))
@@ -75,8 +75,7 @@ def test_what_the_optimizer_keeps_goes_along():
     kernel, bias = (optimizer._index_dict[optimizer._var_key(v)] for v in model.head_weights)
     places = model.head.places
     heavy, dead = (np.concatenate([p[k].ravel() for p in places.values()]) for k in (1, 2))
-    gap = model.head_weights[1].numpy()
-    split_components(model, rows().x)
+    split_components(model, rows())
     for slots in (optimizer._momentums, optimizer._velocities):
         for slot in (slots[kernel].numpy(), slots[bias].numpy()):
             np.testing.assert_array_equal(slot[dead], slot[heavy])
@@ -99,9 +98,9 @@ def test_members_split_as_they_would_alone():
         member = model.member(m)
         member.compile("adam")
         member.optimizer.build(member.trainable_variables)
-        assert split_components(member, rows().x) == 1 - m
+        assert split_components(member, rows()) == 1 - m
         alone.append([weight.numpy() for weight in member.head_weights])
-    assert split_components(model, rows().x) == 1
+    assert split_components(model, rows()) == 1
     for stacked, *own in zip(model.head_weights, *alone, strict=True):
         np.testing.assert_allclose(stacked, own, rtol=1e-6)
 
@@ -124,14 +123,93 @@ def test_one_that_few_rows_belong_to_is_alive():
     shares = tf.nn.softmax(model.predict_distribution(x).logits).numpy()
     assert shares[0, 0] > 0.99
     assert shares[1:, 0].max() < 0.01
-    assert split_components(model, x) == 0
-    model.head.bias.assign_sub(20.0 * np.eye(18)[0])
-    assert split_components(model, x) == 1
+    data = Rows(x, rows(50).y)
+    assert split_components(model, data) == 0
+    # Where that row counts nothing, nor does what belongs to it.
+    assert split_components(model, Rows(x, data.y, np.arange(50) > 0)) == 1
+
+
+def test_a_light_one_that_all_rows_share_is_given_up():
+    """The first, of a fifth of the heaviest: there is none to spare."""
+    model = make(weights=[0.1, 0.5, 0.2, 0.2])
+    assert split_components(model, rows()) == 1
+    shares = tf.nn.softmax(model.predict_distribution(rows().x).logits)[0]
+    np.testing.assert_allclose(shares, np.array([0.25, 0.25, 0.2, 0.2]) / 0.9, rtol=1e-5)
+
+
+def test_rows_go_through_in_blocks(monkeypatch):
+    whole, parts = make(members=2), make(members=2)
+    split_components(whole, rows())
+    monkeypatch.setattr("mdn.callbacks.splitting.ELEMENTS", 2 * K * D**2 * 7)
+    split_components(parts, rows())
+    for one, other in zip(whole.head_weights, parts.head_weights, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
+def test_sequences_without_their_padding():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=[20, 5, 3]), rng.normal(size=[20, 5, D])
+    x[:, 3:], y[:, 3:] = np.nan, np.nan
+    counts = []
+    for data in (Rows(x, y), Rows(x[:, :3], y[:, :3])):
+        tf_keras.utils.set_random_seed(0)
+        head = mdn.heads.Mixture(D, K, start="centre")
+        model = mdn.MDN(head, mdn.backbones.MLP([4]))
+        model.adapt(data.x, data.y)
+        bias = model.head.bias.numpy()
+        bias[:K] = np.log(WEIGHTS)
+        model.head.bias.assign(bias)
+        model.compile("sgd")
+        assert split_components(model, data) == 1
+        counts.append([weight.numpy() for weight in model.head_weights])
+    for padded, plain in zip(*counts, strict=True):
+        np.testing.assert_allclose(padded, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_of_no_features_and_of_one_component():
+    y = rows().y
+    for head, count in ((mdn.heads.Mixture(D, K), 1), (mdn.heads.TriL(D), None)):
+        model = mdn.MDN(head, mdn.backbones.Constant())
+        model.adapt(np.zeros([len(y), 0]), y)
+        model.compile("adam")
+        data = Rows(np.zeros([len(y), 0]), y)
+        if count is None:
+            callback = SplitComponents(data)
+            callback.set_model(model)
+            callback.set_params({"epochs": 50})
+            before = model.head.bias.numpy()
+            callback.on_epoch_begin(3)
+            np.testing.assert_array_equal(model.head.bias, before)
+            continue
+        bias = model.head.bias.numpy()
+        bias[:K] = np.log(WEIGHTS)
+        model.head.bias.assign(bias)
+        assert split_components(model, data) == count
+
+
+@pytest.mark.parametrize(
+    ("epochs", "due"),
+    [(50, [3, 7, 10, 13, 17, 20, 23, 27, 30]), (5, [1, 2, 3]), (2, [1]), (1, [])],
+)
+def test_epochs_that_begin_with_splits(epochs, due, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "mdn.callbacks.splitting.split_components", lambda model, rows: found.append(rows)
+    )
+    callback = SplitComponents(rows())
+    callback.set_model(make())
+    callback.set_params({"epochs": epochs})
+    begun = []
+    for epoch in range(epochs):
+        callback.on_epoch_begin(epoch)
+        begun += [epoch] * len(found)
+        found.clear()
+    assert begun == due
 
 
 @pytest.mark.parametrize("splits", [False, True])
 def test_a_crescent_needs_them_all(splits):
-    """Of the best mixture of two components, and of four, in a training that is the same."""
+    """Two of four are dead: no better than two without splits, and better than three with them."""
     rng = np.random.default_rng(0)
     angle = rng.uniform(-np.pi / 2, np.pi / 2, 2000)
     radius = 1.0 + 0.05 * rng.normal(size=2000)
