@@ -64,7 +64,7 @@ class SplitComponents(tf_keras.callbacks.Callback):
         if epoch not in due or not isinstance(head, MixtureHead) or head.components == 1:
             return
         if count := split_components(self.model, self.rows):
-            log.info("epoch %d begins with %d components split", epoch + 1, count)
+            log.debug("epoch %d begins with %d components split", epoch + 1, count)
 
 
 def split_components(model: Any, rows: Rows) -> int:
