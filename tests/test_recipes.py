@@ -9,9 +9,12 @@ from omegaconf import OmegaConf
 
 import mdn
 from mdn import recipes, training
+from mdn.budget import epoch_steps, settle
 from mdn.config import compose_config, make
 from mdn.errors import ConfigError
+from mdn.preparation import compile_model
 from mdn.stacking import Stack
+from mdn.tasks import build_model
 
 TABULAR = ("experiment=tabular", "data=linear_gaussian", "data.rows=200")
 
@@ -69,6 +72,23 @@ def test_mistakes_in_a_config(overrides, message):
     with pytest.raises(ConfigError, match=message) as caught:
         compose_config(overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_quiet_fit_splits_as_a_run_does(split, monkeypatch, eager_steps):
+    tiny = ("ensemble=1", "folds=null", "recipe=null", "k=2", "embedding=none", "trainer.steps=4")
+    tiny += ("trainer.epochs=2", "trainer.warmup=1", "backbone.widths=[4]")
+    config = compose_config([*TABULAR, *tiny, f"trainer.split_components={split}"])
+    data = make(config, "data").load()
+    config = settle(config, data)
+    model = build_model(config, data)
+    compile_model(model, config, epoch_steps(config, data))
+    splits = []
+    monkeypatch.setattr(
+        "mdn.callbacks.splitting.split_components", lambda model, rows: splits.append(rows)
+    )
+    recipes.fit_quietly(model, config, data)
+    assert splits == [data.train] * split
 
 
 @pytest.mark.slow
