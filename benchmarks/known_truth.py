@@ -59,9 +59,9 @@ def train(task: str, n: int, seed: int) -> dict[str, Any]:
     from mdn.budget import epoch_steps, settle
     from mdn.config import compose_config, make
     from mdn.evaluation import evaluate
-    from mdn.preparation import compile_model, member_folds
-    from mdn.recipes import fit_quietly, variants
-    from mdn.stacking import compare, stack
+    from mdn.preparation import compile_model
+    from mdn.recipes import fit_quietly, variants, weigh
+    from mdn.stacking import stack
     from mdn.tasks import build_model
     from mdn.training import seed_everything
 
@@ -82,9 +82,9 @@ def train(task: str, n: int, seed: int) -> dict[str, Any]:
         compile_model(model, settled, epoch_steps(settled, data))
         fit_quietly(model, settled, data)
     if len(models) > 1:
-        folds = member_folds(config, data)
-        shares = compare(models, data, None if folds is None else folds[1]).shares
-        model = stack(models, shares)
+        found = weigh(models, config, data)
+        shares = found.shares
+        model = stack(models, shares, found.spread)
     metrics = evaluate(model, data).metrics
     names = {
         "nll": "test/nll",

@@ -27,6 +27,7 @@ from mdn.data.rows import Features
 from mdn.data.splits import draw_folds
 from mdn.density.mixing import mixture_of
 from mdn.density.queries import Queries
+from mdn.density.transformed import rebuilder
 from mdn.errors import ConfigError
 from mdn.inference import largest_batch
 from mdn.members import StackedNetwork, copy_network, own_weights
@@ -68,6 +69,7 @@ class Ensemble(MDN):
         self._jitter = None
         self._programs = types.SimpleNamespace()
         self._rebuild: Any = None
+        self._rebuild_member: Any = None
         self._trackers.members = MemberMeans(self.members)
         self.tracked = (*type(self).tracked, *self._trackers.members.names)
         # The scaling of y, in which the density is stated, is the template's and is the same for
@@ -275,10 +277,22 @@ class Ensemble(MDN):
     def member_answers(
         self, x: Features, rows: Sequence[np.ndarray] | None = None
     ) -> Iterator[tuple[Any, Queries]]:
-        for m in range(self.members):
-            index = slice(None) if rows is None else rows[m]
-            own = {k: v[index] for k, v in x.items()} if isinstance(x, dict) else x[index]
-            yield index, self.member(m).predict_distribution(own)
+        encoded = self._as_rows(x)
+        each = [np.arange(len(encoded))] * self.members if rows is None else rows
+        most = max(map(len, each))
+        # The rows of all members side by side; short ones are filled up with any row.
+        places = np.stack([np.resize(own, most) if len(own) else [0] * most for own in each], 1)
+
+        def tensors(x: tf.Tensor) -> dict[str, tf.Tensor]:
+            density = self.member_densities(_swapped(x), training=False)
+            self._rebuild_member = rebuilder(density)
+            return {name: _swapped(tensor) for name, tensor in density.tensors().items()}
+
+        answers = self._over_rows("members", tensors, [encoded[places]], None)
+        parts = [part for _, part in answers]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for m, own in enumerate(each):
+            yield own, self._rebuild_member(**{k: v[: len(own), m] for k, v in found.items()})
 
     def uncertainty(self, x: Features, batch_size: int | None = None) -> Uncertainty:
         """Return the covariance of the predictive density in two parts (law of total variance).
@@ -500,3 +514,8 @@ class Ensemble(MDN):
         model.set_missing(config["missing"])
         model.restore_names(config)
         return model
+
+
+def _swapped(tensor: tf.Tensor) -> tf.Tensor:
+    """Return [B, M, ..] for [M, B, ..], and the other way round."""
+    return tf.transpose(tensor, [1, 0, *range(2, tensor.shape.rank)])

@@ -29,7 +29,7 @@ from mdn.density.recalibration import Recalibration
 from mdn.errors import ConfigError, DataError, RunError
 from mdn.features import Columns, Standardize, as_features, as_tensors
 from mdn.heads import Diag, Head, MixtureDiag
-from mdn.recalibration import RecalibrationFit, recalibrate
+from mdn.recalibration import RecalibrationFit, fit_recalibration, hold_out
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
 
@@ -428,7 +428,7 @@ class MDN(AnsweringModel):
     ) -> RecalibrationFit:
         self._check_adapted()
         self.set_recalibration(None)
-        fit = recalibrate(self, as_features(x), y, weight, rows, seed)
+        fit = fit_recalibration(hold_out(self, as_features(x), y, weight, rows, seed), seed)
         self.set_recalibration(fit.map)
         return fit
 

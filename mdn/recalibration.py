@@ -21,9 +21,10 @@ from mdn.density.transformed import split_transform
 from mdn.errors import DataError
 from mdn.margins import take_rows
 
-_MOST_ROWS = 20_000
+MOST_ROWS = 20_000
 _FOLDS = 5
-_LEAST_ROWS = 20
+LEAST_ROWS = 20
+_STEP = 0.01  # of the logs, for differences of slopes
 _WIDEST = 3.0  # of the log of a scale, and of the sharpness; far beyond what helps
 
 
@@ -65,15 +66,55 @@ class RecalibrationFit:
         return found
 
 
-def recalibrate(
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What models say of rows that they have not learned from.
+
+    Attributes:
+        members: of each member, the rows [n] that are new to it, increasing, and its density
+            there, in transformed units, batch [n]. A row's density is the mixture, in equal
+            shares, of those that have it.
+        y: [N, D] in the same units, NaN marks a missing entry; targets on a grid spread over their
+            cells, as no scale is narrow enough for ties.
+        exact: [N, D], as they were observed.
+        units: [D], in which shifts are searched: the standard deviations of y.
+        weight: [N].
+    """
+
+    members: Sequence[tuple[np.ndarray, Queries]]
+    y: np.ndarray
+    exact: np.ndarray
+    units: np.ndarray
+    weight: np.ndarray
+
+    def likelihoods(self) -> tuple[Callable, Callable, np.ndarray]:
+        """Return the likelihood of y and of the exact y, see `_log_likelihood`, and weights.
+
+        They are of all rows that any member has, or of evenly many among them; the weights [n]
+        have mean 1.
+        """
+        kept = np.unique(np.concatenate([rows for rows, _ in self.members]))
+        kept = kept[thin(len(kept), MOST_ROWS)]
+        parts = []
+        for rows, density in self.members:
+            place = np.searchsorted(kept, rows)
+            known = np.isin(rows, kept)
+            tensors = {name: np.asarray(t)[known] for name, t in density.tensors().items()}
+            parts.append((place[known], type(density), tensors))
+        weight = self.weight[kept] / self.weight[kept].mean()
+        y, exact = (_log_likelihood(parts, v[kept], self.units) for v in (self.y, self.exact))
+        return y, exact, weight
+
+
+def hold_out(
     model: Any,
     x: Any,
     y: np.ndarray,
     weight: Any = None,
     rows: Sequence[np.ndarray] | None = None,
     seed: int = 0,
-) -> RecalibrationFit:
-    """Fit a map to what a model says of rows.
+) -> HeldOut:
+    """Return what a model says of rows.
 
     Args:
         model: an `mdn.MDN` without a map.
@@ -82,7 +123,7 @@ def recalibrate(
         weight: [N], or None.
         rows: of an ensemble, the row numbers that each member has not learned from, increasing;
             None: all rows are new to all members.
-        seed: as for `MDN.recalibrate`.
+        seed: of the points in the cells of targets on a grid.
 
     Raises:
         DataError: rows that the model cannot learn from, or without any observed target.
@@ -91,13 +132,15 @@ def recalibrate(
     model.check_arrays(x, y, weight)
     y = np.asarray(model.known_targets(x, y), np.float64)
     counted = ~np.isnan(y).all(axis=-1)  # [N] or [N, T]
-    if weight is not None:
+    if weight is None:
+        weight = np.ones(counted.sum())
+    else:
         weight = np.asarray(weight, np.float64)
         counted &= weight.reshape(-1, *[1] * (counted.ndim - 1)) > 0.0
         weight = weight[np.nonzero(counted)[0]]
-    if counted.sum() < _LEAST_ROWS:
+    if counted.sum() < LEAST_ROWS:
         raise DataError(
-            f"{counted.sum()} rows with an observed target: give at least {_LEAST_ROWS} to "
+            f"{counted.sum()} rows with an observed target: give at least {LEAST_ROWS} to "
             "recalibrate by, better hundreds"
         )
     place = np.cumsum(counted.ravel()).reshape(counted.shape) - 1  # of a row that counts
@@ -110,14 +153,7 @@ def recalibrate(
         _in_units(values, y[counted], bijector, base.dtype)
         for values in (_spread(y[counted], model.head.grid, seed), y[counted])
     )
-    return fit_recalibration(
-        members,
-        judged,
-        exact,
-        model.head.y_scale.numpy().astype(np.float64),
-        weight,
-        seed,
-    )
+    return HeldOut(members, judged, exact, model.head.y_scale.numpy().astype(np.float64), weight)
 
 
 def _spread(y: np.ndarray, grid: Sequence[float] | None, seed: int) -> np.ndarray:
@@ -135,70 +171,66 @@ def _in_units(values: np.ndarray, y: np.ndarray, bijector: Any, dtype: Any) -> n
     return np.where(np.isfinite(found), found, given)
 
 
-def fit_recalibration(
-    members: Sequence[tuple[np.ndarray, Queries]],
-    y: np.ndarray,
-    exact: np.ndarray,
-    units: np.ndarray,
-    weight: np.ndarray | None = None,
-    seed: int = 0,
-) -> RecalibrationFit:
+def fit_recalibration(held_out: HeldOut, seed: int = 0) -> RecalibrationFit:
     """Fit a map by the likelihood of rows, if it gains any on rows it was not fitted to.
 
     The map is fitted by L-BFGS from the identity, and accepted where its gain, cross-fitted over
-    five folds, exceeds two standard errors: with few rows there is nothing to be learned.
+    five folds, exceeds two standard errors, with few rows there is nothing to be learned, and the
+    likelihood of targets as they were observed does not suffer.
 
     Args:
-        members: for each member, the rows [n] that it has not learned from and its density there,
-            batch [n]; one member for a single model. A row's density is the mixture, in equal
-            shares, of those that have it.
-        y: [N, D], NaN marks a missing entry; targets on a grid spread over their cells, as no
-            scale is narrow enough for ties.
-        exact: [N, D], as they were observed: their likelihood must not suffer.
-        units: [D], in which the shifts are searched: the standard deviations of y.
-        weight: [N], or None.
+        held_out: the rows.
         seed: of the folds.
     """
-    kept = np.sort(np.unique(np.concatenate([rows for rows, _ in members])))
-    kept = kept[thin(len(kept), _MOST_ROWS)]
-    weight = np.ones(len(y)) if weight is None else weight
-    n, d = len(kept), y.shape[-1]
-    parts = []
-    for rows, density in members:
-        place = np.searchsorted(kept, rows)
-        known = np.isin(rows, kept)
-        tensors = {name: np.asarray(t)[known] for name, t in density.tensors().items()}
-        parts.append((place[known], type(density), tensors))
-    score = _log_likelihood(parts, y[kept], units)
-    weight = weight[kept] / weight[kept].mean()
+    score, plain, weight = held_out.likelihoods()
+    n, d = len(weight), held_out.y.shape[-1]
     identity = np.zeros(2 * d + 1)
     fold = np.random.default_rng([seed, 0x666F6C64]).permutation(n) % _FOLDS
     before, gain = score(identity)[0], np.zeros(n)
-    for held_out in (fold == f for f in range(_FOLDS)):
-        theta = _minimise(score, np.where(held_out, 0.0, weight), identity)
-        gain[held_out] = (score(theta)[0] - before)[held_out]
+    for judged in (fold == f for f in range(_FOLDS)):
+        theta = _minimise(score, np.where(judged, 0.0, weight), identity)
+        gain[judged] = (score(theta)[0] - before)[judged]
     mean = float(np.average(gain, weights=weight))
     error = float(np.sqrt(np.sum((weight * (gain - mean)) ** 2)) / weight.sum())
     found = None
     theta = _minimise(score, weight, identity) if mean > 2.0 * error else identity
-    plain = _log_likelihood(parts, exact[kept], units)
     if theta.any() and weight @ (plain(theta)[0] - plain(identity)[0]) > 0.0:
         found = Recalibration(
-            tuple((theta[:d] * units).tolist()),
+            tuple((theta[:d] * held_out.units).tolist()),
             tuple(np.exp(theta[d : 2 * d]).tolist()),
             float(np.exp(theta[-1])),
         )
     return RecalibrationFit(found, mean, error, n)
 
 
-def _minimise(score: Callable, weight: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Return the unconstrained numbers of the most likely map for weighted rows."""
+def fit_spread(held_out: HeldOut) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logs of the D scales and of the sharpness that are most likely, without shifts.
+
+    Returns:
+        [D + 1], and their variances [D + 1] by the curvature of the likelihood.
+    """
+    score, _, weight = held_out.likelihoods()
+    d = held_out.y.shape[-1]
+    free = np.arange(2 * d + 1) >= d
+    theta = _minimise(score, weight, np.zeros(2 * d + 1), free)
+    moved = np.eye(2 * d + 1)[free] * _STEP
+    slopes = [(score(theta + s, weight)[1] - score(theta - s, weight)[1])[free] for s in moved]
+    # What the rows say nothing about has hardly a curvature, and so an endless variance.
+    information = np.maximum(-np.diag(slopes) / (2.0 * _STEP), np.finfo(float).tiny)
+    return theta[free], 1.0 / information
+
+
+def _minimise(
+    score: Callable, weight: np.ndarray, start: np.ndarray, free: Any = True
+) -> np.ndarray:
+    """Return the unconstrained numbers of the most likely map for weighted rows, where free."""
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
         log_prob, slope = score(theta, weight)
         return -float(log_prob @ weight) / weight.sum(), -slope / weight.sum()
 
-    bounds = [(-_WIDEST, _WIDEST)] * len(start)
+    reach = np.where(free, _WIDEST, 0.0) * np.ones(len(start))
+    bounds = np.stack([-reach, reach], axis=1)
     return optimize.minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds).x
 
 

@@ -9,7 +9,8 @@ test row has a part in them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import tf_keras
@@ -19,7 +20,9 @@ from mdn.callbacks.averaging import AveragedWeights
 from mdn.callbacks.splitting import SplitComponents
 from mdn.callbacks.stopping import EarlyStopping, MemberStopping
 from mdn.data.rows import Data
-from mdn.preparation import make_batches
+from mdn.preparation import make_batches, member_folds
+from mdn.spread import pooled_spread
+from mdn.stacking import Stacking, compare
 
 
 def _twice(components: int) -> int:
@@ -63,6 +66,27 @@ def _changed(config: DictConfig, changes: dict[str, Any]) -> DictConfig:
             OmegaConf.update(config, key, value, merge=False)
         config.recipe = None
     return config
+
+
+def weigh(models: Mapping[str, Any], config: DictConfig, data: Data) -> Stacking:
+    """Return the shares of trained variants, and the spread of their mixture.
+
+    Args:
+        models: ensembles, by name.
+        config: of the run; with `recalibrate` given the spread stays as it is.
+        data: the rows.
+
+    Raises:
+        RunError: as `mdn.stacking.compare` does.
+    """
+    folds = member_folds(config, data)
+    held_out = None if folds is None else folds[1]
+    found = compare(models, data, held_out)
+    if config.recalibrate is not None:
+        return found
+    sound = {name: models[name] for name in found.nll}
+    spread = pooled_spread(sound, data, held_out, config.seed)
+    return dataclasses.replace(found, spread=spread)
 
 
 def fit_quietly(

@@ -141,8 +141,9 @@ class Stack(Ensemble):
         return base if bijector is None else Transformed(base, bijector)
 
     def set_recalibration(self, recalibration: Recalibration | None) -> None:
-        super().set_recalibration(None)
+        """Take a map of the members' densities, on top of what their parts have."""
         self.recalibration = recalibration
+        vars(self._programs).clear()  # which were made for another density
 
     # ------------------------------------------------------------------ Keras
 
@@ -187,27 +188,39 @@ class Stacking:
         nll: of each, the NLL of the rows that its members held out, in nats a row.
         stacked: that of the mixture in these shares.
         failed: those whose NLL is not finite.
+        spread: what suits the density of each member in the mixture, or None; see `mdn.spread`.
     """
 
     shares: dict[str, float]
     nll: dict[str, float]
     stacked: float
     failed: list[str]
+    spread: Recalibration | None = None
 
     def __str__(self) -> str:
         shares = ", ".join(f"{share:.0%} {name!r}" for name, share in self.shares.items())
         alone = ", ".join(f"{name!r} {nll:.4f}" for name, nll in self.nll.items())
         alone += "".join(f", {name!r} failed" for name in self.failed)
+        spread = ""
+        if self.spread is not None:
+            scales = ", ".join(f"{scale:.3g}" for scale in self.spread.scale)
+            spread = (
+                f"; in the mixture with scales {scales}; sharpness {self.spread.sharpness:.3g}"
+            )
         return (
             f"the recipe is {shares}: {self.stacked:.4f} nats a row on the rows that members hold "
-            f"out; each alone: {alone}"
+            f"out; each alone: {alone}{spread}"
         )
 
     def metrics(self) -> dict[str, float]:
         """Return flat keys for metrics.json."""
         nll = {f"recipe/nll/{name}": value for name, value in self.nll.items()}
         shares = {f"recipe/share/{name}": value for name, value in self.shares.items()}
-        return {"recipe/nll": self.stacked, **nll, **shares}
+        found = {"recipe/nll": self.stacked, **nll, **shares}
+        if self.spread is not None:
+            found |= {f"recipe/scale/{i}": scale for i, scale in enumerate(self.spread.scale)}
+            found["recipe/sharpness"] = self.spread.sharpness
+        return found
 
 
 def compare(models: Mapping[str, Ensemble], data: Data, folds: np.ndarray | None) -> Stacking:
@@ -263,11 +276,23 @@ def _mixture(log_prob: np.ndarray, shares: np.ndarray) -> np.ndarray:
         return np.logaddexp.reduce(log_prob + np.log(shares), axis=-1)
 
 
-def stack(models: Mapping[str, Ensemble], shares: Mapping[str, float]) -> Ensemble:
-    """Return the mixture of ensembles in shares: uncompiled copies; of a single one, itself."""
-    if len(shares) == 1:
-        return models[next(iter(shares))]
-    return Stack([_copy(models[name]) for name in shares], list(shares.values()))
+def stack(
+    models: Mapping[str, Ensemble],
+    shares: Mapping[str, float],
+    spread: Recalibration | None = None,
+) -> Ensemble:
+    """Return the mixture of ensembles in shares: uncompiled copies; of a single one, itself.
+
+    Args:
+        models: trained, by name.
+        shares: of some of them.
+        spread: of the density of each member; they keep it.
+    """
+    kept = [models[name] for name in shares]
+    if spread is not None:
+        for model in kept:
+            model.set_recalibration(spread)
+    return kept[0] if len(kept) == 1 else Stack(list(map(_copy, kept)), list(shares.values()))
 
 
 def _copy(model: Ensemble) -> Ensemble:

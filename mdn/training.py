@@ -34,10 +34,10 @@ from mdn.export import directory_size
 from mdn.options import AUTO, GENERATIVE
 from mdn.plots import write_figures
 from mdn.preparation import compile_model, make_batches, member_folds
-from mdn.recipes import variants
+from mdn.recipes import variants, weigh
 from mdn.runs import RunDirectory, provenance
 from mdn.selection import choose, held_out_nll, held_out_weight
-from mdn.stacking import compare, stack
+from mdn.stacking import stack
 from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task
 
@@ -262,7 +262,6 @@ def fit_variants(
     Raises:
         DivergedError: in the training of every variant.
     """
-    folds = member_folds(config, data)
     fitted: dict[str, Fitted] = {}
     diverged: dict[str, DivergedError] = {}
     for name, candidate in variants(config).items():
@@ -277,14 +276,14 @@ def fit_variants(
     if not fitted:
         raise next(iter(diverged.values()))
     models: dict[str, Any] = {name: model for name, (model, *_) in fitted.items()}
-    found = compare(models, data, None if folds is None else folds[1])
+    found = weigh(models, config, data)
     found = dataclasses.replace(found, failed=[*diverged, *found.failed])
     log.info("%s", found)
     directory.write_json("recipe.json", dataclasses.asdict(found))
     notes = found.metrics()
     notes["recipe/seconds"] = sum(progress.seconds for *_, progress in fitted.values())
     *_, progress = fitted[max(found.shares, key=found.shares.__getitem__)]
-    return stack(models, found.shares), config, progress, notes
+    return stack(models, found.shares, found.spread), config, progress, notes
 
 
 def fit_candidates(

@@ -15,7 +15,7 @@ from mdn.density.transformed import split_transform
 from mdn.errors import DataError
 from mdn.export import export_saved_model
 from mdn.heads import Diag, Mixture, MixtureDiag, MixtureLowRank, MixturePrecision, TriL
-from mdn.recalibration import fit_recalibration
+from mdn.recalibration import HeldOut, fit_recalibration
 
 MAP = Recalibration((0.3, -0.2), (1.4, 0.8), 1.7)
 HEADS = {
@@ -34,13 +34,19 @@ def draw(*shape, seed=0):
 
 
 def one(density):
-    """Return what `fit_recalibration` takes of a single model."""
+    """Return the rows and the density of a single model."""
     tensors = {name: np.asarray(t, np.float64) for name, t in density.tensors().items()}
     return [(np.arange(density.batch_shape[0]), type(density)(**tensors))]
 
 
-def fit(density, y, **options):
-    return fit_recalibration(one(density), y, y, np.ones(y.shape[1]), **options)
+def held_out(members, y, exact=None, weight=None):
+    """Return what is fitted to."""
+    exact, weight = y if exact is None else exact, np.ones(len(y)) if weight is None else weight
+    return HeldOut(members, y, exact, np.ones(y.shape[1]), weight)
+
+
+def fit(density, y, weight=None, seed=0):
+    return fit_recalibration(held_out(one(density), y, weight=weight), seed)
 
 
 # ---------------------------------------------------------------------- the map
@@ -130,7 +136,7 @@ def test_rows_of_ensemble_members_are_judged_by_those_that_have_them():
     y = 2.0 * draw(400, 1)
     rows = [np.arange(0, 300), np.arange(100, 400)]
     normals = [mdn.MultivariateNormalDiag(np.zeros((300, 1)), np.ones((300, 1)))] * 2
-    found = fit_recalibration(list(zip(rows, normals, strict=True)), y, y, np.ones(1))
+    found = fit_recalibration(held_out(list(zip(rows, normals, strict=True)), y))
     assert found.map.scale[0] == pytest.approx(np.std(y), rel=2e-3)
     assert found.n == 400
 
@@ -141,9 +147,9 @@ def test_ties_are_no_reason_to_be_narrow():
     centres = np.broadcast_to(np.arange(-4.0, 5.0)[:, None], (2000, 9, 1))
     logits = stats.norm.logpdf(centres[..., 0])
     spikes = mdn.GaussianMixture.from_diag(logits, centres, np.full((2000, 9, 1), 0.29))
-    on_ties = fit_recalibration(one(spikes), y, y, np.ones(1))
+    on_ties = fit_recalibration(held_out(one(spikes), y))
     assert on_ties.map.scale[0] < 0.1  # what the plain likelihood of ties would have
-    found = fit_recalibration(one(spikes), cells, y, np.ones(1))
+    found = fit_recalibration(held_out(one(spikes), cells, y))
     assert found.map is None or found.map.scale[0] > 0.7
 
 

@@ -113,7 +113,7 @@ def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch, eager_steps):
         lambda model, rows: splits.append((model.head.components, model.optimizer.weight_decay)),
     )
     with monkeypatch.context() as patch:
-        patch.setattr(training, "compare", interrupt)
+        patch.setattr(training, "weigh", interrupt)
         with pytest.raises(training.InterruptedRunError):
             training.train(config)
     trained = sorted(run.glob("checkpoints/*/epoch-00002.npz"))

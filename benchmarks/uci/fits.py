@@ -16,9 +16,8 @@ from mdn.config import compose_config, make
 from mdn.data.rows import Data
 from mdn.density.mixing import mixture_of
 from mdn.errors import DataError
-from mdn.preparation import compile_model, member_folds
-from mdn.recipes import fit_quietly, variants
-from mdn.stacking import compare
+from mdn.preparation import compile_model
+from mdn.recipes import fit_quietly, variants, weigh
 from mdn.tasks import build_model
 from mdn.training import seed_everything
 
@@ -89,13 +88,17 @@ class Fitter:
             models[name] = self._adapted(name, settled, data)
             report = _Progress(progress, i, len(configs), settled.trainer.epochs)
             fit_quietly(models[name], settled, data, [report])
-        shares = dict.fromkeys(models, 1.0)
+        shares, spread = dict.fromkeys(models, 1.0), None
         if len(models) > 1:
-            folds = member_folds(config, data)
-            shares = compare(models, data, None if folds is None else folds[1]).shares
-        # As `mdn.stacking.Stack` does, by the programs that the models have already.
-        parts = [models[name].predict_distribution(data.test.x) for name in shares]
-        return mixture_of(parts, list(shares.values())), data, shares
+            found = weigh(models, config, data)
+            shares, spread = found.shares, found.spread
+        # As `mdn.stacking.stack` does, by the programs that the models have already.
+        parts, weights = [], []
+        for name, share in shares.items():
+            for _, density in models[name].member_answers(data.test.x):
+                parts.append(density if spread is None else spread.apply(density))
+                weights.append(share)
+        return mixture_of(parts, weights), data, shares
 
     def _adapted(self, name: str, config: DictConfig, data: Data) -> Any:
         """Return the model as `build_model` and `compile_model` leave it."""
