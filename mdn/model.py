@@ -428,17 +428,27 @@ class MDN(AnsweringModel):
     ) -> RecalibrationFit:
         self._check_adapted()
         self.set_recalibration(None)
-        fit = fit_recalibration(hold_out(self, as_features(x), y, weight, rows, seed), seed)
+        x, y = as_features(x), np.asarray(y, np.float64)
+        self.check_arrays(x, y, weight)
+        fit = fit_recalibration(hold_out(self, x, y, weight, rows, seed), seed)
         self.set_recalibration(fit.map)
         return fit
 
     def set_recalibration(self, recalibration: Recalibration | None) -> None:
         """Take a map of the density, in the units of y (transformed ones, where they are)."""
         self.head.recalibration = recalibration
-        # Programs that were made for another density.
+        self._forget_programs()
+
+    def _forget_programs(self) -> None:
+        """Leave behind the programs that were made for another density."""
         vars(self._programs).clear()
         self._loop.functions = {}
         self.train_function = self.test_function = self.predict_function = None
+
+    @property
+    def fixed_components(self) -> int:
+        """How many components at the end no map of the density changes: the background."""
+        return int(getattr(self.head, "background", 0.0) != 0.0)
 
     def member_answers(
         self, x: Features, rows: Sequence[np.ndarray] | None = None

@@ -21,7 +21,7 @@ from mdn.density.transformed import split_transform
 from mdn.errors import DataError
 from mdn.margins import take_rows
 
-MOST_ROWS = 20_000
+_MOST_ROWS = 20_000
 _FOLDS = 5
 LEAST_ROWS = 20
 _STEP = 0.01  # of the logs, for differences of slopes
@@ -71,14 +71,15 @@ class HeldOut:
     """What models say of rows that they have not learned from.
 
     Attributes:
-        members: of each member, the rows [n] that are new to it, increasing, and its density
-            there, in transformed units, batch [n]. A row's density is the mixture, in equal
-            shares, of those that have it.
+        members: of each member, the rows [n] that are new to it, and its density there, in
+            transformed units, batch [n]. A row's density is the mixture of those that have it.
         y: [N, D] in the same units, NaN marks a missing entry; targets on a grid spread over their
             cells, as no scale is narrow enough for ties.
         exact: [N, D], as they were observed.
         units: [D], in which shifts are searched: the standard deviations of y.
         weight: [N].
+        kept: components at the end that no map changes.
+        shares: of the members, positive; None: equal.
     """
 
     members: Sequence[tuple[np.ndarray, Queries]]
@@ -86,6 +87,8 @@ class HeldOut:
     exact: np.ndarray
     units: np.ndarray
     weight: np.ndarray
+    kept: int = 0
+    shares: Sequence[float] | None = None
 
     def likelihoods(self) -> tuple[Callable, Callable, np.ndarray]:
         """Return the likelihood of y and of the exact y, see `_log_likelihood`, and weights.
@@ -93,17 +96,43 @@ class HeldOut:
         They are of all rows that any member has, or of evenly many among them; the weights [n]
         have mean 1.
         """
-        kept = np.unique(np.concatenate([rows for rows, _ in self.members]))
-        kept = kept[thin(len(kept), MOST_ROWS)]
-        parts = []
-        for rows, density in self.members:
-            place = np.searchsorted(kept, rows)
-            known = np.isin(rows, kept)
+        judged = np.unique(np.concatenate([rows for rows, _ in self.members]))
+        judged = judged[thin(len(judged), _MOST_ROWS)]
+        shares = [1.0] * len(self.members) if self.shares is None else self.shares
+        parts: list[_Part] = []
+        for (rows, density), share in zip(self.members, shares, strict=True):
+            place = np.searchsorted(judged, rows)
+            known = np.isin(rows, judged)
             tensors = {name: np.asarray(t)[known] for name, t in density.tensors().items()}
-            parts.append((place[known], type(density), tensors))
-        weight = self.weight[kept] / self.weight[kept].mean()
-        y, exact = (_log_likelihood(parts, v[kept], self.units) for v in (self.y, self.exact))
+            parts = _joined(parts, _Part(place[known], type(density), tensors, share))
+        weight = self.weight[judged] / self.weight[judged].mean()
+        y, exact = (
+            _log_likelihood(parts, v[judged], self.units, self.kept) for v in (self.y, self.exact)
+        )
         return y, exact, weight
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What a member says of the rows that it has, and its share."""
+
+    rows: np.ndarray
+    kind: type[Queries]
+    tensors: dict[str, np.ndarray]
+    share: float
+
+
+def _joined(parts: list[_Part], part: _Part) -> list[_Part]:
+    """Return parts with one more, or with more rows of the last where they are other rows."""
+    if not parts:
+        return [part]
+    *before, last = parts
+    shapes = [{k: t.shape[1:] for k, t in one.tensors.items()} for one in (last, part)]
+    same = last.kind is part.kind and last.share == part.share and shapes[0] == shapes[1]
+    if not same or np.isin(part.rows, last.rows).any():
+        return [*parts, part]
+    tensors = {k: np.concatenate([last.tensors[k], t]) for k, t in part.tensors.items()}
+    return [*before, _Part(np.append(last.rows, part.rows), part.kind, tensors, part.share)]
 
 
 def hold_out(
@@ -124,13 +153,8 @@ def hold_out(
         rows: of an ensemble, the row numbers that each member has not learned from, increasing;
             None: all rows are new to all members.
         seed: of the points in the cells of targets on a grid.
-
-    Raises:
-        DataError: rows that the model cannot learn from, or without any observed target.
     """
-    y = np.asarray(y, np.float64)
-    model.check_arrays(x, y, weight)
-    y = np.asarray(model.known_targets(x, y), np.float64)
+    y = np.asarray(model.known_targets(x, np.asarray(y, np.float64)), np.float64)
     counted = ~np.isnan(y).all(axis=-1)  # [N] or [N, T]
     if weight is None:
         weight = np.ones(counted.sum())
@@ -138,11 +162,6 @@ def hold_out(
         weight = np.asarray(weight, np.float64)
         counted &= weight.reshape(-1, *[1] * (counted.ndim - 1)) > 0.0
         weight = weight[np.nonzero(counted)[0]]
-    if counted.sum() < LEAST_ROWS:
-        raise DataError(
-            f"{counted.sum()} rows with an observed target: give at least {LEAST_ROWS} to "
-            "recalibrate by, better hundreds"
-        )
     place = np.cumsum(counted.ravel()).reshape(counted.shape) - 1  # of a row that counts
     members = []
     for index, density in model.member_answers(x, rows):
@@ -153,7 +172,8 @@ def hold_out(
         _in_units(values, y[counted], bijector, base.dtype)
         for values in (_spread(y[counted], model.head.grid, seed), y[counted])
     )
-    return HeldOut(members, judged, exact, model.head.y_scale.numpy().astype(np.float64), weight)
+    units = model.head.y_scale.numpy().astype(np.float64)
+    return HeldOut(members, judged, exact, units, weight, model.fixed_components)
 
 
 def _spread(y: np.ndarray, grid: Sequence[float] | None, seed: int) -> np.ndarray:
@@ -181,7 +201,15 @@ def fit_recalibration(held_out: HeldOut, seed: int = 0) -> RecalibrationFit:
     Args:
         held_out: the rows.
         seed: of the folds.
+
+    Raises:
+        DataError: there are hardly any rows.
     """
+    if len(held_out.y) < LEAST_ROWS:
+        raise DataError(
+            f"{len(held_out.y)} rows with an observed target: give at least {LEAST_ROWS} to "
+            "recalibrate by, better hundreds"
+        )
     score, plain, weight = held_out.likelihoods()
     n, d = len(weight), held_out.y.shape[-1]
     identity = np.zeros(2 * d + 1)
@@ -199,6 +227,7 @@ def fit_recalibration(held_out: HeldOut, seed: int = 0) -> RecalibrationFit:
             tuple((theta[:d] * held_out.units).tolist()),
             tuple(np.exp(theta[d : 2 * d]).tolist()),
             float(np.exp(theta[-1])),
+            held_out.kept,
         )
     return RecalibrationFit(found, mean, error, n)
 
@@ -207,17 +236,26 @@ def fit_spread(held_out: HeldOut) -> tuple[np.ndarray, np.ndarray]:
     """Return the logs of the D scales and of the sharpness that are most likely, without shifts.
 
     Returns:
-        [D + 1], and their variances [D + 1] by the curvature of the likelihood.
+        [D + 1], and their variances [D + 1], infinite where the rows say nothing: of the estimate
+        as it is, whether or not the densities are right (the sandwich of White, 1982).
     """
     score, _, weight = held_out.likelihoods()
     d = held_out.y.shape[-1]
     free = np.arange(2 * d + 1) >= d
     theta = _minimise(score, weight, np.zeros(2 * d + 1), free)
-    moved = np.eye(2 * d + 1)[free] * _STEP
-    slopes = [(score(theta + s, weight)[1] - score(theta - s, weight)[1])[free] for s in moved]
-    # What the rows say nothing about has hardly a curvature, and so an endless variance.
-    information = np.maximum(-np.diag(slopes) / (2.0 * _STEP), np.finfo(float).tiny)
-    return theta[free], 1.0 / information
+    ends = [
+        [score(theta + sign * step, weight) for sign in (1.0, -1.0)]
+        for step in _STEP * np.eye(2 * d + 1)[free]
+    ]
+    slopes = np.stack([(up - down) / (2.0 * _STEP) for (up, _), (down, _) in ends])  # [D + 1, n]
+    curvature = -np.stack([(up - down)[free] / (2.0 * _STEP) for (_, up), (_, down) in ends])
+    curvature = 0.5 * (curvature + curvature.T)
+    variance = np.full(d + 1, np.inf)
+    known = np.diag(curvature) > 1e-8 * len(weight)
+    known &= np.abs(theta[free]) < _WIDEST  # where the search ended, there is no answer
+    inverse = np.linalg.pinv(curvature[np.ix_(known, known)], hermitian=True)
+    variance[known] = np.square(inverse @ slopes[known] * weight).sum(axis=1)
+    return theta[free], variance
 
 
 def _minimise(
@@ -235,32 +273,30 @@ def _minimise(
 
 
 def _log_likelihood(
-    parts: Sequence[tuple[np.ndarray, type[Queries], dict[str, np.ndarray]]],
-    y: np.ndarray,
-    units: np.ndarray,
+    parts: Sequence[_Part], y: np.ndarray, units: np.ndarray, kept: int
 ) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     """Return the function from a map's numbers to log densities [N] and their sum's slope."""
     n, d = y.shape
-    count = np.zeros(n)
-    for rows, *_ in parts:
-        count[rows] += 1.0
+    total_share = np.zeros(n)
+    for part in parts:
+        total_share[part.rows] += part.share
 
     @tf.function(autograph=False)
     def log_prob(theta: tf.Tensor, weight: tf.Tensor) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(theta)
             found = Recalibration(
-                theta[:d] * units, tf.exp(theta[d : 2 * d]), tf.exp(theta[2 * d])
+                theta[:d] * units, tf.exp(theta[d : 2 * d]), tf.exp(theta[2 * d]), kept
             )
             whole = []
-            for rows, kind, tensors in parts:
-                one = found.apply(kind(**tensors)).log_prob(y[rows])
+            for part in parts:
+                one = found.apply(part.kind(**part.tensors)).log_prob(y[part.rows])
                 # A row that the member has learned from adds nothing.
                 full = tf.tensor_scatter_nd_update(
-                    tf.fill([n], tf.constant(-np.inf, one.dtype)), rows[:, np.newaxis], one
+                    tf.fill([n], tf.constant(-np.inf, one.dtype)), part.rows[:, np.newaxis], one
                 )
-                whole.append(full)
-            rows_log_prob = tf.reduce_logsumexp(tf.stack(whole), axis=0) - np.log(count)
+                whole.append(full + np.log(part.share))
+            rows_log_prob = tf.reduce_logsumexp(tf.stack(whole), axis=0) - np.log(total_share)
             total = tf.reduce_sum(weight * rows_log_prob)
         slope = tape.gradient(total, theta, unconnected_gradients="zero")
         return rows_log_prob, slope

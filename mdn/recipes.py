@@ -84,8 +84,7 @@ def weigh(models: Mapping[str, Any], config: DictConfig, data: Data) -> Stacking
     found = compare(models, data, held_out)
     if config.recalibrate is not None:
         return found
-    sound = {name: models[name] for name in found.nll}
-    spread = pooled_spread(sound, data, held_out, config.seed)
+    spread = pooled_spread(models, found.shares, data, held_out, config.seed)
     return dataclasses.replace(found, spread=spread)
 
 

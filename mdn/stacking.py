@@ -143,7 +143,12 @@ class Stack(Ensemble):
     def set_recalibration(self, recalibration: Recalibration | None) -> None:
         """Take a map of the members' densities, on top of what their parts have."""
         self.recalibration = recalibration
-        vars(self._programs).clear()  # which were made for another density
+        self._forget_programs()
+
+    @property
+    def fixed_components(self) -> int:
+        """None, as the backgrounds of the parts lie in between."""
+        return 0
 
     # ------------------------------------------------------------------ Keras
 

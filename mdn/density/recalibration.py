@@ -20,17 +20,21 @@ class Recalibration:
     """Components that are moved and widened, the same for every density, and weights sharpened.
 
     Each component y = loc + L z becomes loc + shift + diag(scale) L z, and its weight w becomes
-    w^sharpness, normalised. So a density stays of its type, and every question to it exact.
+    w^sharpness, normalised. So a density stays of its type, and every question to it exact. The
+    last components may be left as they are, weights included: a background is there for what no
+    row has told of.
 
     Attributes:
         shift: D numbers, in the units of y.
         scale: D positive numbers; above one widens.
         sharpness: positive; above one favours the heavy components. Without meaning where K = 1.
+        kept: components at the end that stay as they are.
     """
 
     shift: Any
     scale: Any
     sharpness: Any = 1.0
+    kept: int = 0
 
     def to_config(self) -> dict[str, Any]:
         """Return plain numbers, of which `from_config` makes the same map."""
@@ -38,12 +42,14 @@ class Recalibration:
             "shift": [float(v) for v in self.shift],
             "scale": [float(v) for v in self.scale],
             "sharpness": float(self.sharpness),
+            "kept": self.kept,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Recalibration:
         """Return the map of `to_config`."""
-        return cls(tuple(config["shift"]), tuple(config["scale"]), config["sharpness"])
+        numbers = tuple(config["shift"]), tuple(config["scale"]), config["sharpness"]
+        return cls(*numbers, config.get("kept", 0))
 
     def apply(self, density: Queries) -> Queries:
         """Return the density that is meant by one that is stated: of its type, same batch."""
@@ -60,13 +66,11 @@ class Recalibration:
         found = self._map(density.tensors(), -shift, 1.0 / scale, 1.0 / self.sharpness)
         return type(density)(**found)
 
-    @staticmethod
     def _map(
-        tensors: Mapping[str, Any], shift: tf.Tensor, scale: tf.Tensor, sharpness: Any
+        self, tensors: Mapping[str, Any], shift: tf.Tensor, scale: tf.Tensor, sharpness: Any
     ) -> dict[str, tf.Tensor]:
         rows = scale[:, tf.newaxis]  # of a factor [.., D, D] or [.., D, R]
         change = {
-            "logits": lambda logits: tf.cast(sharpness, logits.dtype) * tf.nn.log_softmax(logits),
             "loc": lambda loc: loc + shift,
             "scale_diag": lambda diagonal: scale * diagonal,
             "scale_tril": lambda factor: rows * factor,
@@ -74,7 +78,26 @@ class Recalibration:
             # The covariance is P^-T P^-1.
             "precision_tril": lambda factor: factor / rows,
         }
-        return {
-            name: change[name](tf.convert_to_tensor(tensor, shift.dtype))
-            for name, tensor in tensors.items()
-        }
+        found = {}
+        for name, tensor in tensors.items():
+            tensor = tf.convert_to_tensor(tensor, shift.dtype)
+            if name == "logits":
+                found[name] = self._sharpened(tensor, sharpness)
+                continue
+            found[name] = change[name](tensor)
+            if self.kept:
+                axis = tensor.shape.rank - (2 if name in ("loc", "scale_diag") else 3)
+                k = tensor.shape[axis] - self.kept
+                parts = (tf.split(t, [k, self.kept], axis) for t in (found[name], tensor))
+                (mapped, _), (_, kept) = parts
+                found[name] = tf.concat([mapped, kept], axis)
+        return found
+
+    def _sharpened(self, logits: tf.Tensor, sharpness: Any) -> tf.Tensor:
+        sharpness, logits = tf.cast(sharpness, logits.dtype), tf.nn.log_softmax(logits)
+        if not self.kept:
+            return sharpness * logits
+        others, kept = tf.split(logits, [logits.shape[-1] - self.kept, self.kept], -1)
+        total = tf.reduce_logsumexp(others, axis=-1, keepdims=True)
+        sharp = total + tf.nn.log_softmax(sharpness * (others - total))
+        return tf.concat([sharp, kept], axis=-1)
