@@ -409,7 +409,8 @@ class MDN(AnsweringModel):
 
         The few numbers of the map (`mdn.density.recalibration`) are the same for every x. From
         then on every answer is of the recalibrated density, which is of the same type; they are
-        saved and exported with the model. A map that was there before is replaced.
+        saved and exported with the model. A map that was there before is replaced; of a
+        `Stack` the ensembles keep theirs.
 
         Args:
             x: features of rows that the model has not learned from, as for `fit`.
@@ -448,7 +449,7 @@ class MDN(AnsweringModel):
     @property
     def fixed_components(self) -> int:
         """How many components at the end no map of the density changes: the background."""
-        return int(getattr(self.head, "background", 0.0) != 0.0)
+        return self.head.fixed_components
 
     def member_answers(
         self, x: Features, rows: Sequence[np.ndarray] | None = None

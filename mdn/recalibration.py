@@ -146,7 +146,7 @@ def hold_out(
     """Return what a model says of rows.
 
     Args:
-        model: an `mdn.MDN` without a map.
+        model: an `mdn.MDN`; a map of its own is part of what it says.
         x: [N, F], [N, T, F], or a mapping of columns [N].
         y: [N, D] or [N, T, D].
         weight: [N], or None.

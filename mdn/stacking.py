@@ -20,7 +20,6 @@ from mdn.data.rows import Data
 from mdn.density.mixing import mixture_of
 from mdn.density.queries import Queries
 from mdn.density.recalibration import Recalibration
-from mdn.density.transformed import Transformed, split_transform
 from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, RunError
 from mdn.inference import largest_batch
@@ -134,11 +133,7 @@ class Stack(Ensemble):
         )
 
     def _recalibrated(self, density: Queries) -> Queries:
-        if self.recalibration is None:
-            return density
-        base, bijector = split_transform(density)
-        base = self.recalibration.apply(base)
-        return base if bijector is None else Transformed(base, bijector)
+        return density if self.recalibration is None else self.recalibration.apply(density)
 
     def set_recalibration(self, recalibration: Recalibration | None) -> None:
         """Take a map of the members' densities, on top of what their parts have."""
@@ -191,7 +186,7 @@ class Stacking:
     Attributes:
         shares: of each ensemble that is worth its time; they sum to 1.
         nll: of each, the NLL of the rows that its members held out, in nats a row.
-        stacked: that of the mixture in these shares.
+        stacked: that of the mixture in these shares, without the spread.
         failed: those whose NLL is not finite.
         spread: what suits the density of each member in the mixture, or None; see `mdn.spread`.
     """
@@ -217,13 +212,14 @@ class Stacking:
             f"out; each alone: {alone}{spread}"
         )
 
-    def metrics(self) -> dict[str, float]:
-        """Return flat keys for metrics.json."""
+    def metrics(self, targets: Sequence[str]) -> dict[str, float]:
+        """Return flat keys for metrics.json; the NLL is that without the spread."""
         nll = {f"recipe/nll/{name}": value for name, value in self.nll.items()}
         shares = {f"recipe/share/{name}": value for name, value in self.shares.items()}
         found = {"recipe/nll": self.stacked, **nll, **shares}
         if self.spread is not None:
-            found |= {f"recipe/scale/{i}": scale for i, scale in enumerate(self.spread.scale)}
+            scales = zip(targets, self.spread.scale, strict=True)
+            found |= {f"recipe/scale/{name}": scale for name, scale in scales}
             found["recipe/sharpness"] = self.spread.sharpness
         return found
 

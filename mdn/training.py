@@ -280,7 +280,7 @@ def fit_variants(
     found = dataclasses.replace(found, failed=[*diverged, *found.failed])
     log.info("%s", found)
     directory.write_json("recipe.json", dataclasses.asdict(found))
-    notes = found.metrics()
+    notes = found.metrics(data.targets)
     notes["recipe/seconds"] = sum(progress.seconds for *_, progress in fitted.values())
     *_, progress = fitted[max(found.shares, key=found.shares.__getitem__)]
     return stack(models, found.shares, found.spread), config, progress, notes

@@ -205,6 +205,22 @@ def test_one_wild_row_is_in_doubt():
     assert shrink(log, variance)[0] < 0.8 * log[0]
 
 
+@pytest.mark.parametrize("kind", [heads.Mixture, heads.MixtureDiag, heads.MixturePrecision])
+@pytest.mark.parametrize("background", [0.0, 0.01, "learned"])
+def test_the_way_of_training_has_the_map_too(kind, background):
+    head = kind(2, 3, background=background, target_transform=[None, "log"])
+    y = np.stack([Y[:20, 0], np.exp(Y[:20, 1])], axis=1).astype(np.float32)
+    head.adapt(y)
+    hidden = tf.constant(RNG.normal(size=[20, 5]), tf.float32)
+    plain = head(hidden).log_prob(y)
+    for kept in {0, head.fixed_components}:
+        head.recalibration = Recalibration((0.3, -0.1), (0.5, 2.0), 3.0, kept)
+        density = head(hidden)
+        expected = density.log_prob(y)
+        assert np.abs(expected - plain).max() > 0.1
+        np.testing.assert_allclose(head.log_prob(hidden, y), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_background_stays_as_it_is():
     head = heads.Mixture(2, 3, background=0.01)
     head.adapt(Y)

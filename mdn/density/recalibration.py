@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
+from mdn.density.transformed import Transformed, split_transform
+
 if TYPE_CHECKING:
     from mdn.density.queries import Queries
 
@@ -52,8 +54,13 @@ class Recalibration:
         return cls(*numbers, config.get("kept", 0))
 
     def apply(self, density: Queries) -> Queries:
-        """Return the density that is meant by one that is stated: of its type, same batch."""
-        return type(density)(**self.apply_to(density.tensors(), density.dtype))
+        """Return the density that is meant by one that is stated: of its type, same batch.
+
+        Of a `Transformed` that of the transformed targets is mapped.
+        """
+        base, bijector = split_transform(density)
+        mapped = type(base)(**self.apply_to(base.tensors(), base.dtype))
+        return mapped if bijector is None else Transformed(mapped, bijector)
 
     def apply_to(self, tensors: Mapping[str, Any], dtype: Any) -> dict[str, tf.Tensor]:
         """Return the tensors of the density that is meant by one of these, by name."""
@@ -82,7 +89,7 @@ class Recalibration:
         for name, tensor in tensors.items():
             tensor = tf.convert_to_tensor(tensor, shift.dtype)
             if name == "logits":
-                found[name] = self._sharpened(tensor, sharpness)
+                found[name] = self.sharpen(tensor, sharpness)
                 continue
             found[name] = change[name](tensor)
             if self.kept:
@@ -93,11 +100,12 @@ class Recalibration:
                 found[name] = tf.concat([mapped, kept], axis)
         return found
 
-    def _sharpened(self, logits: tf.Tensor, sharpness: Any) -> tf.Tensor:
-        sharpness, logits = tf.cast(sharpness, logits.dtype), tf.nn.log_softmax(logits)
+    def sharpen(self, logits: tf.Tensor, sharpness: Any, axis: int = -1) -> tf.Tensor:
+        """Return the logits of weights to a power; those of the kept components stay."""
+        sharpness, logits = tf.cast(sharpness, logits.dtype), tf.nn.log_softmax(logits, axis)
         if not self.kept:
             return sharpness * logits
-        others, kept = tf.split(logits, [logits.shape[-1] - self.kept, self.kept], -1)
-        total = tf.reduce_logsumexp(others, axis=-1, keepdims=True)
-        sharp = total + tf.nn.log_softmax(sharpness * (others - total))
-        return tf.concat([sharp, kept], axis=-1)
+        others, kept = tf.split(logits, [logits.shape[axis] - self.kept, self.kept], axis)
+        total = tf.reduce_logsumexp(others, axis, keepdims=True)
+        sharp = total + tf.nn.log_softmax(sharpness * (others - total), axis)
+        return tf.concat([sharp, kept], axis)

@@ -270,7 +270,8 @@ class Head(tfp.layers.DistributionLambda):
         Returns:
             [M, B], nats.
         """
-        if self.recalibration is not None:
+        found = self.recalibration
+        if found is not None and found.kept != self.fixed_components:
             params = _permuted(params, np.argsort(self._packed_order), -2)
             return self.distribution(tf.transpose(params, [0, 2, 1])).log_prob(y)
         if self._bijector is not None:
@@ -290,7 +291,17 @@ class Head(tfp.layers.DistributionLambda):
             parts[name] = tf.ensure_shape(tf.reshape(part, [*shape, n]), [*shape, params.shape[2]])
         unit = tf.transpose((y - self.y_loc) / self.y_scale, [0, 2, 1])  # [M, D, B]
         residual = unit[:, :, tf.newaxis] - parts.pop("loc")  # [M, D, K, B]
-        log_prob = self._packed_log_prob(residual, parts)  # [M, K, B]
+        if found is None:
+            log_prob = self._packed_log_prob(residual, parts)  # [M, K, B]
+        else:
+            shift, scale = (tf.constant(v, self.dtype) for v in (found.shift, found.scale))
+            moved = residual - (shift / self.y_scale)[:, tf.newaxis, tf.newaxis]
+            log_prob = self._packed_log_prob(moved / scale[:, tf.newaxis, tf.newaxis], parts)
+            log_prob -= tf.reduce_sum(tf.math.log(scale))
+            if logits is not None and logits.shape[1] == k:  # a fixed background is not among them
+                logits *= tf.constant(found.sharpness, self.dtype)
+            elif logits is not None:
+                logits = found.sharpen(logits, found.sharpness, axis=1)
         log_prob = self._mixed_log_prob(log_prob, logits, unit)  # [M, B]
         log_prob -= tf.reduce_sum(tf.math.log(self.y_scale))
         if self._bijector is None:
@@ -318,6 +329,11 @@ class Head(tfp.layers.DistributionLambda):
         """
         raw = parts["unconstrained_scale"]
         return packed_log_prob(residual, raw, self.positivity, self.floor)
+
+    @property
+    def fixed_components(self) -> int:
+        """How many components at the end are the same for every row, and no map changes."""
+        return 0
 
     def parameters(self, distribution: Any) -> tf.Tensor:
         """Return the params [.., P] of which `distribution` makes this density: its inverse."""

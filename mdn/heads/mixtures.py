@@ -94,6 +94,10 @@ class MixtureHead(Head):
         return self._components
 
     @property
+    def fixed_components(self) -> int:
+        return int(self.background != 0.0)
+
+    @property
     def _logits_size(self) -> int:
         return self.components + (self.background == "learned")
 
