@@ -11,9 +11,10 @@ import mdn
 from mdn import recipes, training
 from mdn.budget import epoch_steps, settle
 from mdn.config import compose_config, make
+from mdn.density.recalibration import Recalibration
 from mdn.errors import ConfigError
 from mdn.preparation import compile_model
-from mdn.stacking import Stack
+from mdn.stacking import Stack, Stacking
 from mdn.tasks import build_model
 
 TABULAR = ("experiment=tabular", "data=linear_gaussian", "data.rows=200")
@@ -91,6 +92,17 @@ def test_quiet_fit_splits_as_a_run_does(split, monkeypatch, eager_steps):
     assert splits == [data.train] * split
 
 
+@pytest.mark.parametrize("given", ["null", "true", "false"])
+def test_spread_is_left_where_recalibrate_is_given(given, monkeypatch):
+    config = compose_config([*TABULAR, f"recalibrate={given}"])
+    data = make(config, "data").load()
+    stacking = Stacking({"a": 1.0}, {"a": 0.0}, 0.0, [])
+    monkeypatch.setattr(recipes, "compare", lambda *arguments: stacking)
+    monkeypatch.setattr(recipes, "pooled_spread", lambda *arguments: "spread")
+    found = recipes.weigh({}, config, data)
+    assert found.spread == ("spread" if given == "null" else None)
+
+
 @pytest.mark.slow
 def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch, eager_steps):
     variants = {"as given": {}, "still": {"optimizer.learning_rate": 1e-12}}
@@ -120,6 +132,14 @@ def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch, eager_steps):
     assert [p.parent.name for p in trained] == ["as-given", "smooth", "still"]
     assert set(splits) == {(2, 1.0), (4, 0.3)}  # "smooth" has twice as many, its decay by the rows
     before = [p.stat().st_mtime_ns for p in trained]
+    spreads = []
+
+    def narrow(models, shares, data, folds, seed):
+        spreads.append((list(models), shares, folds.shape, seed))
+        d = len(data.targets)
+        return Recalibration((0.0,) * d, (0.9,) * d, 1.2, kept=1)
+
+    monkeypatch.setattr(recipes, "pooled_spread", narrow)
     metrics = training.train(config)
     assert [p.stat().st_mtime_ns for p in trained] == before  # nothing is trained again
 
@@ -128,6 +148,9 @@ def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch, eager_steps):
     assert "still" not in found["shares"]
     assert found["failed"] == ["wild"]
     assert sum(found["shares"].values()) == pytest.approx(1.0)
+    assert spreads == [(["as given", "still", "smooth"], found["shares"], (2, 125), 0)]
+    assert found["spread"]["scale"] == [0.9] * len(found["spread"]["shift"])
+    assert metrics["recipe/sharpness"] == 1.2
     assert found["stacked"] == metrics["recipe/nll"] <= min(found["nll"].values())
     assert "the recipe is" in (run / "train.log").read_text()
     assert metrics["train/epochs"] == 2
@@ -141,6 +164,7 @@ def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch, eager_steps):
     model = mdn.load(run / "model.keras")
     assert isinstance(model, Stack)
     assert model.shares == pytest.approx(list(found["shares"].values()))
+    assert {m.head.recalibration.sharpness for m in model.models} == {1.2}
     data = make(config, "data").load()
     log_prob = model.log_prob(data.test.x, data.test.y)
     assert -log_prob.mean() == pytest.approx(metrics["test/nll"], rel=1e-5)

@@ -219,6 +219,9 @@ def test_the_way_of_training_has_the_map_too(kind, background):
         expected = density.log_prob(y)
         assert np.abs(expected - plain).max() > 0.1
         np.testing.assert_allclose(head.log_prob(hidden, y), expected, rtol=1e-4, atol=1e-5)
+        any_rows = tf.TensorSpec([None, 5]), tf.TensorSpec([None, 2])
+        exported = tf.function(head.log_prob, autograph=False).get_concrete_function(*any_rows)
+        np.testing.assert_allclose(exported(hidden, y), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_background_stays_as_it_is():

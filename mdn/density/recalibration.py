@@ -93,19 +93,25 @@ class Recalibration:
                 continue
             found[name] = change[name](tensor)
             if self.kept:
-                axis = tensor.shape.rank - (2 if name in ("loc", "scale_diag") else 3)
-                k = tensor.shape[axis] - self.kept
-                parts = (tf.split(t, [k, self.kept], axis) for t in (found[name], tensor))
-                (mapped, _), (_, kept) = parts
+                axis = -2 if name in ("loc", "scale_diag") else -3
+                mapped, _ = self._parts(found[name], axis)
+                _, kept = self._parts(tensor, axis)
                 found[name] = tf.concat([mapped, kept], axis)
         return found
+
+    def _parts(self, tensor: tf.Tensor, axis: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return what is mapped and what is kept; `axis` is negative, of any length."""
+        rest = (slice(None),) * (-1 - axis)
+        mapped = Ellipsis, slice(None, -self.kept), *rest
+        kept = Ellipsis, slice(-self.kept, None), *rest
+        return tensor[mapped], tensor[kept]
 
     def sharpen(self, logits: tf.Tensor, sharpness: Any, axis: int = -1) -> tf.Tensor:
         """Return the logits of weights to a power; those of the kept components stay."""
         sharpness, logits = tf.cast(sharpness, logits.dtype), tf.nn.log_softmax(logits, axis)
         if not self.kept:
             return sharpness * logits
-        others, kept = tf.split(logits, [logits.shape[axis] - self.kept, self.kept], axis)
+        others, kept = self._parts(logits, axis)
         total = tf.reduce_logsumexp(others, axis, keepdims=True)
         sharp = total + tf.nn.log_softmax(sharpness * (others - total), axis)
         return tf.concat([sharp, kept], axis)

@@ -298,10 +298,10 @@ class Head(tfp.layers.DistributionLambda):
             moved = residual - (shift / self.y_scale)[:, tf.newaxis, tf.newaxis]
             log_prob = self._packed_log_prob(moved / scale[:, tf.newaxis, tf.newaxis], parts)
             log_prob -= tf.reduce_sum(tf.math.log(scale))
-            if logits is not None and logits.shape[1] == k:  # a fixed background is not among them
+            if logits is not None and self.layout["logits"] == (k,):  # without the background
                 logits *= tf.constant(found.sharpness, self.dtype)
             elif logits is not None:
-                logits = found.sharpen(logits, found.sharpness, axis=1)
+                logits = found.sharpen(logits, found.sharpness, axis=-2)
         log_prob = self._mixed_log_prob(log_prob, logits, unit)  # [M, B]
         log_prob -= tf.reduce_sum(tf.math.log(self.y_scale))
         if self._bijector is None:
