@@ -204,9 +204,7 @@ class Stacking:
         spread = ""
         if self.spread is not None:
             scales = ", ".join(f"{scale:.3g}" for scale in self.spread.scale)
-            spread = (
-                f"; in the mixture with scales {scales}; sharpness {self.spread.sharpness:.3g}"
-            )
+            spread = f"; scales of the members {scales}, sharpness {self.spread.sharpness:.3g}"
         return (
             f"the recipe is {shares}: {self.stacked:.4f} nats a row on the rows that members hold "
             f"out; each alone: {alone}{spread}"
