@@ -7,7 +7,7 @@ left too even are sharpened likewise.
 
 Source:
     Gneiting and Ranjan (2013), Combining predictive distributions, who scale each density about
-    its median; here each component is scaled about its mean, which moves no mode.
+    its median; here each component is scaled about its mean, and none is moved.
 
 Shape letters: D event size, V ensembles, M members of each.
 """
@@ -85,7 +85,7 @@ def _held_out_rows(
     """Return rows that members held out, evenly many, and which of them each member did."""
     numbers = sum(model.head.params_size for model in models)
     judges = models[0].members if folds is None else folds.size / len(np.unique(folds))
-    most = int(min(MOST_ROWS, max(MOST_NUMBERS // numbers, LEAST_ROWS)) / judges)
+    most = max(int(min(MOST_ROWS, MOST_NUMBERS // numbers) / judges), LEAST_ROWS)
     if folds is None:
         return data.validation.take(thin(len(data.validation), most)), None
     every = np.unique(folds)

@@ -1,6 +1,7 @@
 """How much narrower the members of a pool are to be: `mdn.spread`."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from mdn.density.recalibration import Recalibration
 from mdn.ensembles import Ensemble
 from mdn.export import export_saved_model
 from mdn.recalibration import HeldOut, fit_spread
-from mdn.spread import extrapolate, pooled_spread, shrink
+from mdn.spread import _held_out_rows, extrapolate, pooled_spread, shrink
 from mdn.stacking import stack
 
 RNG = np.random.default_rng(0)
@@ -193,6 +194,15 @@ def test_what_cannot_be_seen_is_left(ensembles, data):
     assert pooled_spread(
         ensembles, both, Data(still, still.take(np.arange(50)), still, (), ()), None
     )
+
+
+def test_many_large_members_are_judged_by_few_rows(data):
+    large = types.SimpleNamespace(members=30, head=types.SimpleNamespace(params_size=10**6))
+    folds = np.tile(np.arange(300, 400), [30, 1])
+    for known in (None, folds):
+        rows, own = _held_out_rows([large, large], data, known)
+        assert len(rows) == 20
+        assert own is None or all(len(rows) == 20 for rows in own)
 
 
 def test_one_wild_row_is_in_doubt():
