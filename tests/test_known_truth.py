@@ -8,8 +8,11 @@ import pytest
 from scipy import stats
 
 from benchmarks import known_truth
-from mdn.config import compose_config
+from mdn.budget import settle
+from mdn.config import compose_config, make
 from mdn.data import simulators
+from mdn.evaluation import evaluate
+from mdn.tasks import build_model
 
 
 def cell(regret, error=1e-4):
@@ -139,6 +142,17 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
         known_truth.main(arguments)
     assert error.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_judging_agrees_with_evaluate():
+    config = compose_config(
+        ["data=two_moons", "data.rows=100", "data.validation_rows=20", "data.test_rows=500", "k=3"]
+    )
+    data = make(config, "data").load()
+    model = build_model(settle(config, data), data)
+    found, metrics = known_truth.judge(model, data), evaluate(model, data).metrics
+    assert found.pop("entropy") == metrics["data/entropy"]
+    assert found == pytest.approx({name: metrics[f"test/{name}"] for name in found}, rel=1e-5)
 
 
 @pytest.mark.slow
