@@ -11,7 +11,7 @@ from mdn.data.rows import Data
 from mdn.errors import DataError
 
 SMALLEST_BATCH, LARGEST_BATCH = 32, 1024
-LEAST_STEPS, MOST_STEPS = 2500, 8000
+LEAST_STEPS, MOST_STEPS = 2500, 12_000
 PASSES = 60
 MOST_DECAY, DECAY_ROWS = 0.3, 10_000
 
@@ -19,18 +19,18 @@ MOST_DECAY, DECAY_ROWS = 0.3, 10_000
 def batch_size(rows: int) -> int:
     """Return the power of two nearest to a share of the rows, between 32 and 1,024.
 
-    The share is a sixteenth up to batches of 256, and a hundred-and-twenty-eighth beyond.
+    The share is a sixteenth up to batches of 256, and a two-hundred-and-fifty-sixth beyond.
     """
 
     def nearest(share: float) -> int:
         return 2 ** round(math.log2(max(rows, 1) * share))
 
-    size = max(min(nearest(1 / 16), 256), nearest(1 / 128))
+    size = max(min(nearest(1 / 16), 256), nearest(1 / 256))
     return min(max(size, SMALLEST_BATCH), LARGEST_BATCH)
 
 
 def train_steps(rows: int, batch: int) -> int:
-    """Return the steps of 60 passes over the rows, between 2,500 and 8,000."""
+    """Return the steps of 60 passes over the rows, between 2,500 and 12,000."""
     return min(max(PASSES * rows // batch, LEAST_STEPS), MOST_STEPS)
 
 
