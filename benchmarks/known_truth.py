@@ -83,7 +83,7 @@ def train(task: str, n: int, seed: int) -> dict[str, Any]:
     if len(models) > 1:
         found = weigh(models, config, data)
         shares = found.shares
-        model = stack(models, shares, found.spread)
+        model = stack(models, shares, found.spread, found.agreement)
     cell = {**judge(model, data), "shares": shares}
     del model, models
     tf_keras.backend.clear_session()  # programs of this size serve no other
@@ -109,7 +109,10 @@ def judge(model: Any, data: Any) -> dict[str, float]:
     weight = np.ones(len(y))
     nll, regret = (mean_and_error(v, weight) for v in (-log_prob, truth - log_prob))
     return {
-        **{"nll": nll[0], "nll_se": nll[1], "regret": regret[0], "regret_se": regret[1]},
+        "nll": nll[0],
+        "nll_se": nll[1],
+        "regret": regret[0],
+        "regret_se": regret[1],
         "coverage90": float(np.mean(np.abs(rank - 0.5) <= 0.45)),
         "entropy": float(data.truth.entropy()),
     }

@@ -177,6 +177,10 @@ class Ensemble(MDN):
         self._check_adapted()
         return self._densities(*self._members_hidden(x, training))
 
+    def _shared_members(self, x: Any) -> tuple[Queries, tf.Tensor | None]:
+        """Return the densities of all members, and their shares [M, ..]; None: equal."""
+        return self.member_densities(x, training=False), None
+
     def _densities(self, hidden: tf.Tensor, batch: Any) -> Queries:
         head = self.head
         params = self._network.params(hidden)  # [M, n, P]
@@ -304,7 +308,7 @@ class Ensemble(MDN):
         """
 
         def split(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            return split_covariance(self.member_densities(x, training=False))
+            return split_covariance(*self._shared_members(x))
 
         answers = self._over_rows("uncertainty", split, [self._as_rows(x)], batch_size)
         parts = [part for _, part in answers]

@@ -29,7 +29,8 @@ from mdn.density.recalibration import Recalibration
 from mdn.errors import ConfigError, DataError, RunError
 from mdn.features import Columns, Standardize, as_features, as_tensors
 from mdn.heads import Diag, Head, MixtureDiag
-from mdn.recalibration import RecalibrationFit, fit_recalibration, hold_out
+from mdn.held_out import hold_out
+from mdn.recalibration import RecalibrationFit, fit_recalibration
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
 

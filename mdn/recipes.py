@@ -84,8 +84,8 @@ def weigh(models: Mapping[str, Any], config: DictConfig, data: Data) -> Stacking
     found = compare(models, data, held_out)
     if config.recalibrate is not None:
         return found
-    spread = pooled_spread(models, found.shares, data, held_out, config.seed)
-    return dataclasses.replace(found, spread=spread)
+    spread, agreement = pooled_spread(models, found.shares, data, held_out, config.seed)
+    return dataclasses.replace(found, spread=spread, agreement=agreement)
 
 
 def fit_quietly(

@@ -17,9 +17,11 @@ import tensorflow as tf
 import tf_keras
 
 from mdn.data.rows import Data
-from mdn.density.mixing import mixture_of
+from mdn.density.agreement import BLOCK, agree
+from mdn.density.mixing import event_ranks, mixture_of
 from mdn.density.queries import Queries
 from mdn.density.recalibration import Recalibration
+from mdn.density.transformed import Transformed, split_transform
 from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, RunError
 from mdn.inference import largest_batch
@@ -36,16 +38,21 @@ LEAST_SHARE = 0.05  # of an ensemble that is worth its time in every answer
 class Stack(Ensemble):
     """The mixture of trained ensembles in shares; itself an ensemble, whose training is over.
 
-    Its member m is the mixture of the members m of all of them.
+    Its member m is the mixture of the members m of all of them. With an agreement the weights of
+    its components are not those that they have in their members alone, and so the members' shares
+    differ from row to row.
 
     Args:
         models: adapted ensembles of as many members each, for the same features and targets.
         shares: of each, positive; they are normalised.
-        recalibration: of the members' densities, in transformed units.
+        recalibration: of the members' densities, in transformed units; with an agreement, of the
+            mixture.
+        agreement: the power to which a component counts by what all say of it, see
+            `mdn.density.agreement`; 0 for not at all.
         **kwargs: as for any Keras model.
 
     Raises:
-        ConfigError: the ensembles or the shares do not fit together.
+        ConfigError: the ensembles, the shares or the agreement do not fit together.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class Stack(Ensemble):
         models: Sequence[Ensemble],
         shares: Sequence[float],
         recalibration: Recalibration | None = None,
+        agreement: float = 0.0,
         **kwargs: Any,
     ) -> None:
         # Not Ensemble's own, which makes members of a template.
@@ -63,9 +71,12 @@ class Stack(Ensemble):
             )
         if len(sizes := {model.members for model in models}) > 1:
             raise ConfigError(f"ensembles of {sorted(sizes)} members: all need the same number")
+        if not 0.0 <= agreement < math.inf:
+            raise ConfigError(f"agreement={agreement}: is a power, at least 0")
         self.models = list(models)
         self.shares = [float(share) / sum(shares) for share in shares]
         self.recalibration = recalibration
+        self.agreement = float(agreement)
         self.members = models[0].members
         self.missing = models[0].missing
         self.column_names = models[0].column_names
@@ -107,16 +118,56 @@ class Stack(Ensemble):
 
     @property
     def _largest_batch(self) -> int:
-        sizes = [model.members * model.head.params_size for model in self.models]
-        return largest_batch(sum(sizes))
+        size = sum(model.members * model.head.params_size for model in self.models)
+        return largest_batch(size * BLOCK if self.agreement else size)
 
     # ------------------------------------------------------------------ densities
 
-    def member_densities(self, x: Any, training: bool | None = None) -> Queries:
+    def call(self, inputs: Any, training: bool | None = None) -> Queries:
+        members = self._members(inputs)
+        if not self.agreement:
+            return mixture_of(self._recalibrated(members))
+        pool = agree(mixture_of(members), self.agreement, self.kept_components)
+        return self._recalibrated(pool)
+
+    def _members(self, x: Any) -> Queries:
+        """Return the mixtures of the members m of all, as they are, batch [M, ..]."""
         found = [model.member_densities(x, training=False) for model in self.models]
-        return self._recalibrated(mixture_of(found, self.shares))
+        return mixture_of(found, self.shares)
+
+    @property
+    def kept_components(self) -> np.ndarray:
+        """Which components of the density are the same for every row: backgrounds, [K]."""
+        kept = []
+        for head in (model.head for model in self.models):
+            own = getattr(head, "components", 1)
+            kept += [False] * own + [True] * head.fixed_components
+        return np.tile(kept, self.members)
+
+    def member_densities(self, x: Any, training: bool | None = None) -> Queries:
+        return self._shared_members(x)[0]
+
+    def _shared_members(self, x: Any) -> tuple[Queries, tf.Tensor | None]:
+        if not self.agreement:
+            return self._recalibrated(self._members(x)), None
+        mixture: Any
+        mixture, bijector = split_transform(self(x))
+        logits = tf.nn.log_softmax(mixture.logits)
+        ranks = event_ranks(mixture)
+        own = {}
+        for name, tensor in (mixture.tensors() | {"logits": logits}).items():
+            axis = tensor.shape.rank - ranks[name]  # of M K
+            own[name] = tf.stack(tf.split(tensor, self.members, axis), axis=0)
+        members = type(mixture)(**own)
+        weight = tf.exp(tf.reduce_logsumexp(own["logits"], axis=-1))
+        return members if bijector is None else Transformed(members, bijector), weight
 
     def member_answers(self, x: Any, rows: Sequence[np.ndarray] | None = None) -> Any:
+        if self.agreement:
+            if rows is not None:
+                raise RunError("the members of a stack with an agreement have no answers alone")
+            yield np.arange(len(self._as_rows(x))), self.predict_distribution(x)
+            return
         answers = [model.member_answers(x, rows) for model in self.models]
         for parts in zip(*answers, strict=True):
             index = parts[0][0]
@@ -124,7 +175,7 @@ class Stack(Ensemble):
             yield index, self._recalibrated(mixture)
 
     def log_density(self, x: Any, y: tf.Tensor, complete: bool | None = None) -> tf.Tensor:
-        if self.recalibration is not None:
+        if self.recalibration is not None or self.agreement:
             return self(x, training=False).log_prob(y)
         parts = [model.log_density(x, y, complete) for model in self.models]
         return tf.reduce_logsumexp(
@@ -166,6 +217,7 @@ class Stack(Ensemble):
             "models": [serialize(model) for model in self.models],
             "shares": self.shares,
             "recalibration": None if found is None else found.to_config(),
+            "agreement": self.agreement,
         }
 
     @classmethod
@@ -173,7 +225,8 @@ class Stack(Ensemble):
         models = tf_keras.saving.deserialize_keras_object(config["models"], custom_objects)
         found = config["recalibration"]
         recalibration = None if found is None else Recalibration.from_config(found)
-        return cls(models, config["shares"], recalibration, name=config["name"])
+        agreement = config.get("agreement", 0.0)
+        return cls(models, config["shares"], recalibration, agreement, name=config["name"])
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Do nothing: the ensembles have been built from configs of their own."""
@@ -189,13 +242,15 @@ class Stacking:
         stacked: that of the mixture in these shares, without the spread.
         failed: those whose NLL is not finite.
         spread: what suits the density of each member in the mixture, or None; see `mdn.spread`.
+        agreement: the power to which components count by what the mixture says of them.
     """
 
     shares: dict[str, float]
-    nll: dict[str, float]
-    stacked: float
-    failed: list[str]
+    nll: dict[str, float] = dataclasses.field(default_factory=dict)
+    stacked: float = math.nan
+    failed: list[str] = dataclasses.field(default_factory=list)
     spread: Recalibration | None = None
+    agreement: float = 0.0
 
     def __str__(self) -> str:
         shares = ", ".join(f"{share:.0%} {name!r}" for name, share in self.shares.items())
@@ -204,7 +259,9 @@ class Stacking:
         spread = ""
         if self.spread is not None:
             scales = ", ".join(f"{scale:.3g}" for scale in self.spread.scale)
-            spread = f"; scales of the members {scales}, sharpness {self.spread.sharpness:.3g}"
+            spread = f"; scales of the members {scales}"
+        if self.agreement:
+            spread += f"; agreement {self.agreement:.3g}"
         return (
             f"the recipe is {shares}: {self.stacked:.4f} nats a row on the rows that members hold "
             f"out; each alone: {alone}{spread}"
@@ -218,8 +275,7 @@ class Stacking:
         if self.spread is not None:
             scales = zip(targets, self.spread.scale, strict=True)
             found |= {f"recipe/scale/{name}": scale for name, scale in scales}
-            found["recipe/sharpness"] = self.spread.sharpness
-        return found
+        return found | {"recipe/agreement": self.agreement}
 
 
 def compare(models: Mapping[str, Ensemble], data: Data, folds: np.ndarray | None) -> Stacking:
@@ -279,6 +335,7 @@ def stack(
     models: Mapping[str, Ensemble],
     shares: Mapping[str, float],
     spread: Recalibration | None = None,
+    agreement: float = 0.0,
 ) -> Ensemble:
     """Return the mixture of ensembles in shares: uncompiled copies; of a single one, itself.
 
@@ -286,12 +343,15 @@ def stack(
         models: trained, by name.
         shares: of some of them.
         spread: of the density of each member; they keep it.
+        agreement: of the mixture of several, see `Stack`.
     """
     kept = [models[name] for name in shares]
     if spread is not None:
         for model in kept:
             model.set_recalibration(spread)
-    return kept[0] if len(kept) == 1 else Stack(list(map(_copy, kept)), list(shares.values()))
+    if len(kept) == 1:
+        return kept[0]
+    return Stack(list(map(_copy, kept)), list(shares.values()), agreement=agreement)
 
 
 def _copy(model: Ensemble) -> Ensemble:

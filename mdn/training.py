@@ -283,7 +283,7 @@ def fit_variants(
     notes = found.metrics(data.targets)
     notes["recipe/seconds"] = sum(progress.seconds for *_, progress in fitted.values())
     *_, progress = fitted[max(found.shares, key=found.shares.__getitem__)]
-    return stack(models, found.shares, found.spread), config, progress, notes
+    return stack(models, found.shares, found.spread, found.agreement), config, progress, notes
 
 
 def fit_candidates(

@@ -26,16 +26,23 @@ class Uncertainty(NamedTuple):
     epistemic: np.ndarray
 
 
-def split_covariance(members: Queries) -> tuple[tf.Tensor, tf.Tensor]:
+def split_covariance(
+    members: Queries, weight: tf.Tensor | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Return the mean of the covariances and the covariance of the means, over members.
 
     Args:
         members: batch [M, ..], event [D].
+        weight: [M, ..], sums to one over the members; None: all have the same.
 
     Returns:
         [.., D, D] each; their sum is the covariance of the members' mixture.
     """
     mean = members.mean()  # [M, .., D]
-    deviation = mean - tf.reduce_mean(mean, axis=0)
-    epistemic = tf.reduce_mean(deviation[..., tf.newaxis] * deviation[..., tf.newaxis, :], axis=0)
-    return tf.reduce_mean(members.covariance(), axis=0), epistemic
+    if weight is None:
+        weight = tf.ones_like(mean[..., 0]) / tf.cast(tf.shape(mean)[0], mean.dtype)
+    weight = weight[..., tf.newaxis, tf.newaxis]
+    deviation = mean - tf.reduce_sum(weight[..., 0] * mean, axis=0)
+    products = deviation[..., tf.newaxis] * deviation[..., tf.newaxis, :]
+    covariance = members.covariance()
+    return tf.reduce_sum(weight * covariance, axis=0), tf.reduce_sum(weight * products, axis=0)

@@ -60,7 +60,19 @@ def stacked():
     for name, widths, embedding in (("steps", [8], PiecewiseLinear(4)), ("smooth", [4, 4], None)):
         head = heads.Mixture(2, 2, background=0.01)
         made[name], x = adapted(head, backbones.MLP(widths), X, "error", embedding, members=2)
-    return stack(made, {"steps": 0.7, "smooth": 0.3}), x
+    spread = Recalibration((0.0, 0.0), (0.8, 1.2), kept=1)
+    return stack(made, {"steps": 0.7, "smooth": 0.3}, spread, agreement=1.5), x
+
+
+def mapped():
+    """Return a stack of densities without a matrix that agree, with a map of the whole."""
+    made = {}
+    for name in ("a", "b"):
+        head = heads.MixtureLowRank(3, 9, rank=1, background=0.01)
+        made[name], x = adapted(head, backbones.MLP([4]), members=2)
+    model = stack(made, {"a": 0.4, "b": 0.6}, agreement=0.7)
+    model.set_recalibration(Recalibration((0.1, -0.2, 0.0), (1.1, 0.9, 1.2), 0.9))
+    return model, x
 
 
 def wide():
@@ -74,6 +86,7 @@ def wide():
 CASES = {
     "tabular": tabular,
     "stacked": stacked,
+    "mapped": mapped,
     "diag": wide,
     "tril": lambda: adapted(heads.TriL(3), backbones.ResNet(8, 1), MISSING, "indicator"),
     "one_target": lambda: adapted(heads.Mixture(1, 2), backbones.MLP([8], activation="selu")),

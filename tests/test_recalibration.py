@@ -15,7 +15,8 @@ from mdn.density.transformed import split_transform
 from mdn.errors import DataError
 from mdn.export import export_saved_model
 from mdn.heads import Diag, Mixture, MixtureDiag, MixtureLowRank, MixturePrecision, TriL
-from mdn.recalibration import HeldOut, fit_recalibration
+from mdn.held_out import HeldOut
+from mdn.recalibration import fit_recalibration
 
 MAP = Recalibration((0.3, -0.2), (1.4, 0.8), 1.7)
 HEADS = {

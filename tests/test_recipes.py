@@ -11,6 +11,8 @@ import mdn
 from mdn import recipes, training
 from mdn.budget import epoch_steps, settle
 from mdn.config import compose_config, make
+from mdn.density import mixture_of
+from mdn.density.agreement import agree
 from mdn.density.recalibration import Recalibration
 from mdn.errors import ConfigError
 from mdn.preparation import compile_model
@@ -98,9 +100,9 @@ def test_spread_is_left_where_recalibrate_is_given(given, monkeypatch):
     data = make(config, "data").load()
     stacking = Stacking({"a": 1.0}, {"a": 0.0}, 0.0, [])
     monkeypatch.setattr(recipes, "compare", lambda *arguments: stacking)
-    monkeypatch.setattr(recipes, "pooled_spread", lambda *arguments: "spread")
+    monkeypatch.setattr(recipes, "pooled_spread", lambda *arguments: ("spread", 0.5))
     found = recipes.weigh({}, config, data)
-    assert found.spread == ("spread" if given == "null" else None)
+    assert (found.spread, found.agreement) == (("spread", 0.5) if given == "null" else (None, 0.0))
 
 
 @pytest.mark.slow
@@ -137,7 +139,7 @@ def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch, eager_steps):
     def narrow(models, shares, data, folds, seed):
         spreads.append((list(models), shares, folds.shape, seed))
         d = len(data.targets)
-        return Recalibration((0.0,) * d, (0.9,) * d, 1.2, kept=1)
+        return Recalibration((0.0,) * d, (0.9,) * d, kept=1), 0.5
 
     monkeypatch.setattr(recipes, "pooled_spread", narrow)
     metrics = training.train(config)
@@ -150,7 +152,7 @@ def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch, eager_steps):
     assert sum(found["shares"].values()) == pytest.approx(1.0)
     assert spreads == [(["as given", "still", "smooth"], found["shares"], (2, 125), 0)]
     assert found["spread"]["scale"] == [0.9] * len(found["spread"]["shift"])
-    assert metrics["recipe/sharpness"] == 1.2
+    assert found["agreement"] == metrics["recipe/agreement"] == 0.5
     assert found["stacked"] == metrics["recipe/nll"] <= min(found["nll"].values())
     assert "the recipe is" in (run / "train.log").read_text()
     assert metrics["train/epochs"] == 2
@@ -164,12 +166,14 @@ def test_killed_run_goes_on_and_stacks(tmp_path, monkeypatch, eager_steps):
     model = mdn.load(run / "model.keras")
     assert isinstance(model, Stack)
     assert model.shares == pytest.approx(list(found["shares"].values()))
-    assert {m.head.recalibration.sharpness for m in model.models} == {1.2}
+    assert {m.head.recalibration.scale for m in model.models} == {(0.9,)}
+    assert model.agreement == 0.5
     data = make(config, "data").load()
     log_prob = model.log_prob(data.test.x, data.test.y)
     assert -log_prob.mean() == pytest.approx(metrics["test/nll"], rel=1e-5)
-    parts = [m.log_prob(data.test.x, data.test.y) for m in model.models]
-    expected = np.logaddexp.reduce(np.transpose(parts) + np.log(model.shares), axis=-1)
+    pool = mixture_of([m.predict_distribution(data.test.x) for m in model.models], model.shares)
+    kept = np.concatenate([np.tile([*[False] * m.head.components, True], 2) for m in model.models])
+    expected = agree(pool, 0.5, kept).log_prob(data.test.y.astype(np.float32))
     np.testing.assert_allclose(log_prob, expected, rtol=1e-4, atol=1e-5)
     serving = tf.saved_model.load(str(run / "saved_model")).signatures["log_prob"]
     y = tf.constant(data.test.y, tf.float32)

@@ -1,5 +1,6 @@
 """How much narrower the members of a pool are to be: `mdn.spread`."""
 
+import dataclasses
 import math
 import types
 
@@ -15,8 +16,8 @@ from mdn.density import mixture_of
 from mdn.density.recalibration import Recalibration
 from mdn.ensembles import Ensemble
 from mdn.export import export_saved_model
-from mdn.recalibration import HeldOut, fit_spread
-from mdn.spread import _held_out_rows, extrapolate, pooled_spread, shrink
+from mdn.held_out import HeldOut
+from mdn.spread import _held_out_rows, extrapolate, fit_spread, growth, pooled_spread, shrink
 from mdn.stacking import stack
 
 RNG = np.random.default_rng(0)
@@ -59,7 +60,8 @@ def test_pool_of_calibrated_normals_becomes_narrower():
     rows = np.arange(n)
     parts = [(rows, normals(one, math.hypot(1.0, spread))) for one in seen]  # calibrated, each
     held_out = HeldOut(parts, y[:, None], y[:, None], np.ones(1), np.ones(n))
-    (log_scale, _), variance = fit_spread(held_out)
+    (log_scale, power), variance = fit_spread(held_out, agreement=False)
+    assert power == 0.0
 
     def log_prob(log):
         sd = np.exp(log) * math.hypot(1.0, spread)
@@ -78,7 +80,7 @@ def test_pool_of_calibrated_normals_becomes_narrower():
 
 
 def test_what_rows_say_nothing_about_stays():
-    """A normal has no weights to sharpen."""
+    """A normal alone has nobody to agree with."""
     y = RNG.normal(size=[3000, 1])
     one = normals(np.zeros(3000), np.ones(3000))
     log, variance = fit_spread(HeldOut([(np.arange(3000), one)], y, y, np.ones(1), np.ones(3000)))
@@ -100,62 +102,106 @@ def test_estimates_lose_what_is_in_doubt():
     assert np.mean(shrink(none, np.full_like(none, 0.05**2)) ** 2) < 0.6 * np.mean(none**2)
 
 
-def likelihood(ensembles, shares, rows, y):
-    """Return the mean log density of rows under those that held them out, by SciPy."""
-    counted = np.flatnonzero((WEIGHT > 0.0) & ~np.isnan(y).all(axis=1))
-    judges = []
-    for name, share in shares.items():
-        for m in range(2):
-            own = np.intersect1d(rows[m], counted)
-            tensors = ensembles[name].member(m).predict_distribution(X).tensors()
-            tensors = [np.float64(tensors[k])[own] for k in ("logits", "loc", "scale_tril")]
-            judges.append((own, share, *tensors))
+class Likelihood:
+    """The likelihood of rows under those that held them out, by SciPy.
 
-    def mean(log):
-        total = np.full([len(judges), 400], -np.inf)
-        held = np.zeros(400)
-        for i, (own, share, logits, loc, scale_tril) in enumerate(judges):
-            logits = special.log_softmax(np.exp(log[2]) * logits, axis=-1)
-            diag = np.exp(log[:2]) * np.diagonal(scale_tril, axis1=-2, axis2=-1)  # [n, K, 2]
-            off = np.exp(log[1]) * scale_tril[..., 1, 0]
-            first, second = np.moveaxis(y[own][:, None] - loc, -1, 0)
-            # The margin of the first target, and the second given the first; of a row without the
-            # first, the margin of the second.
-            normal = stats.norm.logpdf
-            z = first / diag[..., 0]
-            both = normal(z) + normal(second, off * z, diag[..., 1]) - np.log(diag[..., 0])
-            second = normal(second, 0.0, np.hypot(off, diag[..., 1]))
-            each = np.where(np.isnan(first), second, both)
-            total[i, own] = special.logsumexp(logits + each, axis=-1) + np.log(share)
-            held[own] += share
-        own = np.flatnonzero(held)
-        each = special.logsumexp(total[:, own], axis=0) - np.log(held[own])
-        return np.average(each, weights=WEIGHT[own])
+    Of two log scales, and of the power of agreement with given supports.
+    """
 
-    return lambda log: -mean(log)
+    def __init__(self, ensembles, shares, rows, y):
+        counted = np.flatnonzero((WEIGHT > 0.0) & ~np.isnan(y).all(axis=1))
+        self.y, self.judges = y, []
+        for name, share in shares.items():
+            for m in range(2):
+                own = np.intersect1d(rows[m], counted)
+                tensors = ensembles[name].member(m).predict_distribution(X).tensors()
+                logits, *rest = (
+                    np.float64(tensors[k])[own] for k in ("logits", "loc", "scale_tril")
+                )
+                weight = special.log_softmax(logits, axis=-1) + np.log(share)
+                self.judges.append((own, weight, *rest))
+
+    @staticmethod
+    def components(residual, scale_tril, log):
+        """Return the log densities of components at residuals [.., 2]; NaN marks a missing one."""
+        diag = np.exp(log[:2]) * np.diagonal(scale_tril, axis1=-2, axis2=-1)
+        off = np.exp(log[1]) * scale_tril[..., 1, 0]
+        first, second = np.moveaxis(residual, -1, 0)
+        # The margin of the first target, and the second given the first; of a row without the
+        # first, the margin of the second.
+        normal = stats.norm.logpdf
+        z = first / diag[..., 0]
+        both = normal(z) + normal(second, off * z, diag[..., 1]) - np.log(diag[..., 0])
+        second = normal(second, 0.0, np.hypot(off, diag[..., 1]))
+        return np.where(np.isnan(first), second, both)
+
+    def supports(self, log):
+        """Return what all judges of a row say at the means of each one's components."""
+        found = []
+        for own, _, loc, _ in self.judges:
+            total = np.full(loc.shape[:2], -np.inf)
+            for other, weight, means, scale_tril in self.judges:
+                _, here, there = np.intersect1d(own, other, return_indices=True)
+                away = loc[here][:, :, np.newaxis] - means[there][:, np.newaxis]
+                each = self.components(away, scale_tril[there][:, np.newaxis], log)
+                value = special.logsumexp(weight[there][:, np.newaxis] + each, axis=-1)
+                total[here] = np.logaddexp(total[here], value)
+            found.append(total)
+        return found
+
+    def nll(self, log, supports=None):
+        """Return the NLL by log scales, and by the power of these supports if there is one."""
+        total, held = np.full([2, len(self.judges), 400], -np.inf)
+        for i, (own, weight, loc, scale_tril) in enumerate(self.judges):
+            if supports is not None:
+                weight = weight + log[2] * supports[i]
+            each = self.components(self.y[own][:, np.newaxis] - loc, scale_tril, log)
+            total[i, own] = special.logsumexp(weight + each, axis=-1)
+            held[i, own] = special.logsumexp(weight, axis=-1)
+        own = np.flatnonzero(np.isfinite(held).any(axis=0))
+        each = special.logsumexp(total[:, own], axis=0) - special.logsumexp(held[:, own], axis=0)
+        return -np.average(each, weights=WEIGHT[own])
+
+    def best(self, supports=None):
+        """Return the most likely numbers: two, or three of supports."""
+        bounds = [(-3.0, 3.0)] * 2 + [(0.0, 10.0)] * (supports is not None)
+        tight = {"xtol": 1e-7, "ftol": 1e-12}
+        found = optimize.minimize(
+            self.nll,
+            np.full(len(bounds), 0.1),
+            (supports,),
+            "Powell",
+            bounds=bounds,
+            options=tight,
+        )
+        return found.x
 
 
 @pytest.mark.parametrize("folds", [FOLDS, None])
 def test_scales_are_those_of_more_members_than_held_a_row_out(ensembles, data, folds, monkeypatch):
     monkeypatch.setattr("mdn.spread.shrink", lambda estimate, variance: estimate)
     shares = {"few": 0.4, "many": 0.6}
-    found = pooled_spread(ensembles, shares, data, folds)
+    train, validation = (
+        dataclasses.replace(rows, y=0.3 * rows.y) for rows in (data.train, data.validation)
+    )  # near to where all have components
+    data = Data(train, validation, validation, (), ())
+    found, agreement = pooled_spread(ensembles, shares, data, folds)
     y = np.concatenate([data.train.y, data.validation.y])
     rows = FOLDS if folds is not None else [np.arange(300, 400)] * 2
-    logs = []
-    for one in ({"few": 1.0}, {"many": 1.0}, shares):
-        nll = likelihood(ensembles, one, rows, y)
-        start, tight = np.zeros(3), {"xtol": 1e-6, "ftol": 1e-10}
-        best = optimize.minimize(nll, start, method="Powell", bounds=[(-3, 3)] * 3, options=tight)
-        logs.append(best.x)
+    few, many = (Likelihood(ensembles, {name: 1.0}, rows, y).best() for name in shares)
+    pool = Likelihood(ensembles, shares, rows, y)
+    together = pool.best()
     seen = 1 if folds is not None else 2
     pooled = 1.0 / (0.4**2 + 0.6**2)
-    sizes = seen, seen * pooled, 2 * pooled
-    expected = extrapolate(0.4 * logs[0] + 0.6 * logs[1], logs[2], *sizes)
-    theirs = np.log([*found.scale, found.sharpness])
-    np.testing.assert_allclose(theirs, expected, atol=5e-3)
-    assert (folds is None) == np.allclose(expected, logs[2])
-    assert found.shift == (0.0, 0.0)
+    sizes = seen * pooled, 2 * pooled
+    grown = extrapolate(0.4 * few + 0.6 * many, together, growth(seen, *sizes))
+    assert (folds is None) == np.allclose(grown, together)
+    # What is left is the pool's own, of supports by the same scales.
+    power = agreement / growth(1.0, *sizes)
+    log = np.append(np.log(found.scale) + together - grown, power)
+    np.testing.assert_allclose(log, pool.best(pool.supports(log)), atol=1e-2)
+    assert power > 0.05
+    assert (found.shift, found.sharpness) == ((0.0, 0.0), 1.0)
 
 
 def test_scale_of_a_pool_follows_from_those_of_smaller_ones():
@@ -171,29 +217,30 @@ def test_scale_of_a_pool_follows_from_those_of_smaller_ones():
 
         return optimize.minimize_scalar(nll, bounds=(-1.5, 1.5), method="bounded").x
 
-    alone, together, truth = ([best(m), 0.0] for m in (1, 4, 12))
-    found = extrapolate(np.array(alone), np.array(together), 1.0, 4.0, 12.0)[0]
-    assert found == pytest.approx(truth[0], abs=0.03)
-    assert abs(together[0] - truth[0]) > 0.05
-    capped = extrapolate(np.array(alone), np.array(together), 1.0, 1.1, 12.0)[0]
+    alone, together, truth = (np.array([best(m)]) for m in (1, 4, 12))
+    assert extrapolate(alone, together, growth(1.0, 4.0, 12.0)) == pytest.approx(truth, abs=0.03)
+    assert abs(together - truth) > 0.05
+    assert growth(1.0, 1.1, 12.0) == 2.0
+    capped = extrapolate(alone, together, 2.0)
     assert np.exp(2 * capped) == pytest.approx(
-        max(2.0 * np.exp(2 * together[0]) - np.exp(2 * alone[0]), 0.09 * np.exp(2 * alone[0]))
+        np.maximum(2.0 * np.exp(2 * together) - np.exp(2 * alone), 0.09 * np.exp(2 * alone))
     )
 
 
 def test_what_cannot_be_seen_is_left(ensembles, data):
     both = {"few": 0.5, "many": 0.5}
-    assert pooled_spread(ensembles, {"few": 1.0}, data, FOLDS) is None
-    assert pooled_spread(ensembles, {"few": 0.95, "many": 0.05}, data, FOLDS) is None
+    assert pooled_spread(ensembles, {"few": 1.0}, data, FOLDS) == (None, 0.0)
+    assert pooled_spread(ensembles, {"few": 0.95, "many": 0.05}, data, FOLDS) == (None, 0.0)
     few = Data(data.train, data.validation.take(np.arange(9)), data.validation, (), ())
-    assert pooled_spread(ensembles, both, few, None) is None
+    assert pooled_spread(ensembles, both, few, None) == (None, 0.0)
     learned = Data(data.train, data.train, data.train, (), ())
-    assert pooled_spread(ensembles, both, learned, None) is None
+    assert pooled_spread(ensembles, both, learned, None) == (None, 0.0)
     # A window in which a target does not move is no reason to fail.
     still = Rows(X[:60], np.stack([np.zeros(60), Y[:60, 1]], axis=1))
-    assert pooled_spread(
-        ensembles, both, Data(still, still.take(np.arange(50)), still, (), ()), None
-    )
+    still_data = Data(still, still.take(np.arange(50)), still, (), ())
+    spread, agreement = pooled_spread(ensembles, both, still_data, None)
+    assert spread is not None
+    assert np.isfinite([*spread.scale, agreement]).all()
 
 
 def test_many_large_members_are_judged_by_few_rows(data):

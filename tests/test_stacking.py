@@ -12,6 +12,7 @@ import mdn
 from mdn import backbones, heads, losses
 from mdn.data.rows import Data, Rows
 from mdn.density import mixture_of
+from mdn.density.agreement import agree
 from mdn.ensembles import Ensemble
 from mdn.errors import ConfigError, DataError, RunError
 from mdn.export import export_saved_model
@@ -140,6 +141,64 @@ def test_member_is_the_mixture_of_members(ensembles, both):
         )
 
 
+@pytest.fixture(scope="module")
+def agreeing(ensembles):
+    return stack(ensembles, dict(zip(ensembles, SHARES, strict=True)), agreement=1.7)
+
+
+def test_density_of_members_that_agree(ensembles, both, agreeing):
+    x, y = X[:7].astype(np.float32), Y[:7].astype(np.float32)
+    pool = both(x)
+    expected = agree(pool, 1.7, np.zeros(pool.logits.shape[-1], bool)).log_prob(y)
+    assert np.abs(expected - pool.log_prob(y)).max() > 0.05
+    np.testing.assert_allclose(agreeing(x).log_prob(y), expected, rtol=1e-5)
+    np.testing.assert_allclose(agreeing.log_prob(X[:7], Y[:7]), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        agreeing.predict_distribution(X[:7]).log_prob(y), expected, rtol=1e-5
+    )
+
+
+def test_members_that_agree_have_shares_of_a_row(agreeing):
+    x = tf.constant(X, tf.float32)
+    members, weight = agreeing._shared_members(x)
+    assert weight.shape == [2, len(X)]
+    np.testing.assert_allclose(tf.reduce_sum(weight, axis=0), 1.0, rtol=1e-5)
+    assert np.ptp(weight[0]) > 0.01
+    density = agreeing.predict_distribution(X)
+    y = Y.astype(np.float32)
+    mixed = np.logaddexp(*(members.log_prob(y) + np.log(weight)))
+    np.testing.assert_allclose(mixed, density.log_prob(y), rtol=1e-4, atol=1e-5)
+    aleatoric, epistemic = agreeing.uncertainty(X)
+    np.testing.assert_allclose(aleatoric + epistemic, density.covariance(), rtol=1e-4, atol=1e-5)
+    mean = np.einsum("mn,mnd->nd", weight, members.mean())
+    away = members.mean() - mean
+    np.testing.assert_allclose(
+        epistemic, np.einsum("mn,mni,mnj->nij", weight, away, away), rtol=1e-3, atol=1e-4
+    )
+    with pytest.raises(RunError, match="have no answers alone"):
+        next(agreeing.member_answers(X, [np.arange(5), np.arange(5, 9)]))
+
+
+def test_agreement_is_saved_and_exported_below_a_map(ensembles, agreeing, tmp_path):
+    model = stack(ensembles, dict(zip(ensembles, SHARES, strict=True)), agreement=1.7)
+    x = RNG.normal(size=[600, 2])
+    y = 4.0 + x @ np.eye(2) + 0.2 * RNG.normal(size=[600, 2])
+    fit = model.recalibrate(x, y)
+    gain = model.log_prob(x, y) - agreeing.log_prob(x, y)
+    assert gain.mean() == pytest.approx(fit.gain, abs=5 * fit.gain_se + 0.05)
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    expected = fit.map.apply(agreeing(x)).log_prob(y)
+    np.testing.assert_allclose(model.log_prob(x, y), expected, rtol=1e-4, atol=1e-4)
+    model.save(tmp_path / "model.keras")
+    again = mdn.load(tmp_path / "model.keras")
+    assert again.agreement == 1.7
+    np.testing.assert_allclose(again.log_prob(x, y), expected, rtol=1e-4, atol=1e-4)
+    export_saved_model(model, tmp_path / "saved")
+    exported = tf.saved_model.load(str(tmp_path / "saved")).signatures["log_prob"]
+    found = exported(x=tf.constant(x), y=tf.constant(y))["log_prob"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_recalibration_is_saved_and_exported(tmp_path, ensembles, both):
     model = stack(ensembles, dict(zip(ensembles, SHARES, strict=True)))
     rng = np.random.default_rng(1)
@@ -191,6 +250,9 @@ def test_mistakes(ensembles, both):
     three = Ensemble(mdn.MDN(heads.Diag(2), backbones.Constant()), members=3)
     with pytest.raises(ConfigError, match="all need the same number"):
         Stack([ensembles["wide"], three], SHARES)
+    for power in (-1.0, np.nan, np.inf):
+        with pytest.raises(ConfigError, match=r"agreement=.*: is a power, at least 0"):
+            Stack(list(ensembles.values()), SHARES, agreement=power)
     for attempt in (lambda: both.adapt(X, Y), both.compile, lambda: both.member(0)):
         with pytest.raises(RunError, match="stack"):
             attempt()

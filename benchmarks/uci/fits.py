@@ -14,10 +14,12 @@ from omegaconf import DictConfig
 from mdn.budget import epoch_steps, settle
 from mdn.config import compose_config, make
 from mdn.data.rows import Data
+from mdn.density.agreement import agree
 from mdn.density.mixing import mixture_of
 from mdn.errors import DataError
 from mdn.preparation import compile_model
 from mdn.recipes import fit_quietly, variants, weigh
+from mdn.stacking import Stacking
 from mdn.tasks import build_model
 from mdn.training import seed_everything
 
@@ -88,17 +90,10 @@ class Fitter:
             models[name] = self._adapted(name, settled, data)
             report = _Progress(progress, i, len(configs), settled.trainer.epochs)
             fit_quietly(models[name], settled, data, [report])
-        shares, spread = dict.fromkeys(models, 1.0), None
+        found = Stacking(dict.fromkeys(models, 1.0))
         if len(models) > 1:
             found = weigh(models, config, data)
-            shares, spread = found.shares, found.spread
-        # As `mdn.stacking.stack` does, by the programs that the models have already.
-        parts, weights = [], []
-        for name, share in shares.items():
-            for _, density in models[name].member_answers(data.test.x):
-                parts.append(density if spread is None else spread.apply(density))
-                weights.append(share)
-        return mixture_of(parts, weights), data, shares
+        return _stacked(models, found, data), data, found.shares
 
     def _adapted(self, name: str, config: DictConfig, data: Data) -> Any:
         """Return the model as `build_model` and `compile_model` leave it."""
@@ -117,6 +112,25 @@ class Fitter:
         start = [variable.numpy() for variable in model.optimizer.variables]
         self._built[name] = _Built(model, shape, start)
         return model
+
+
+def _stacked(models: dict[str, Any], found: Stacking, data: Data) -> Any:
+    """Return the density of the test rows.
+
+    As `mdn.stacking.stack` does, by the programs that the models have already.
+    """
+    parts, weights, kept = [], [], []
+    for name, share in found.shares.items():
+        fixed = models[name].fixed_components
+        for _, density in models[name].member_answers(data.test.x):
+            parts.append(density if found.spread is None else found.spread.apply(density))
+            weights.append(share)
+            own = mixture_of(parts[-1:]).logits.shape[-1]
+            kept.append(np.arange(own) >= own - fixed)
+    mixture = mixture_of(parts, weights)
+    if found.agreement == 0.0:
+        return mixture
+    return agree(mixture, found.agreement, np.concatenate(kept))
 
 
 class _Progress(tf_keras.callbacks.Callback):

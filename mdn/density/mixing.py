@@ -68,7 +68,7 @@ def join(members: Sequence[Queries], log_shares: Sequence[tf.Tensor] | None = No
     mixtures = [base.as_mixture() for base in bases]
     if len({type(mixture) for mixture in mixtures}) > 1:
         mixtures = [GaussianMixture(*mixture.mixture_parameters()) for mixture in mixtures]
-    ranks = _event_ranks(mixtures[0])
+    ranks = event_ranks(mixtures[0])
     parts = [mixture.tensors() for mixture in mixtures]
     if "factor" in ranks:
         _pad_factors(parts)
@@ -87,7 +87,7 @@ def join(members: Sequence[Queries], log_shares: Sequence[tf.Tensor] | None = No
 
 def _fold(mixture: GaussianMixture, weights: Any) -> GaussianMixture:
     """Return the mixture, batch [..], of a batch [M, ..] of mixtures."""
-    ranks = _event_ranks(mixture)
+    ranks = event_ranks(mixture)
     values = broadcast_batch(list(mixture.tensors().values()), list(ranks.values()))
     tensors = dict(zip(ranks, values, strict=True))
     logits = tf.nn.log_softmax(tensors["logits"])
@@ -98,7 +98,7 @@ def _fold(mixture: GaussianMixture, weights: Any) -> GaussianMixture:
     return type(mixture)(**{name: _join_axes(tensor, axis) for name, tensor in tensors.items()})
 
 
-def _event_ranks(mixture: GaussianMixture) -> dict[str, int]:
+def event_ranks(mixture: GaussianMixture) -> dict[str, int]:
     """Return the rank of each tensor of a mixture without its batch: K comes first in each."""
     properties = mixture.parameter_properties().items()
     return {name: int(one.event_ndims) for name, one in properties}

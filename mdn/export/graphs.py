@@ -18,6 +18,7 @@ import tensorflow as tf
 from tensorflow.core.framework import graph_pb2
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+from mdn.density.agreement import in_blocks, reweigh
 from mdn.density.gaussian import LOG_2_PI
 from mdn.density.transformed import to_base
 from mdn.ensembles import Ensemble
@@ -74,11 +75,18 @@ def portable_functions(model: MDN, groups: Sequence[Group]) -> dict[str, Any]:
     members = len(groups[0].members)
     # Of the head's own its densities know already.
     recalibration = model.recalibration if isinstance(model, Stack) else None
+    agreement = model.agreement if isinstance(model, Stack) else 0.0
 
     def tensors(x: Any) -> dict[str, tf.Tensor]:
         codes = _codes(model, x)
         features = [group.model.features(codes) for group in groups]
-        return _beside([member(m, features) for m in range(members)])
+        mixture = _beside([member(m, features) for m in range(members)])
+        if agreement:
+            change = agreement * _support(mixture)
+            mixture["logits"] = reweigh(mixture["logits"], change, model.kept_components)
+            if recalibration is not None:
+                mixture = recalibration.apply_to(mixture, mixture["loc"].dtype)
+        return mixture
 
     def member(m: int, features: list[tf.Tensor]) -> dict[str, tf.Tensor]:
         parts = []
@@ -89,7 +97,7 @@ def portable_functions(model: MDN, groups: Sequence[Group]) -> dict[str, Any]:
                 part["logits"] = tf.nn.log_softmax(part["logits"]) + share
             parts.append(part)
         mixture = _beside(parts)
-        if recalibration is not None:
+        if recalibration is not None and not agreement:
             mixture = recalibration.apply_to(mixture, mixture["loc"].dtype)
             mixture["logits"] = tf.nn.log_softmax(mixture["logits"]) - math.log(members)
         return mixture
@@ -152,6 +160,12 @@ def _beside(parts: list[dict[str, tf.Tensor]]) -> dict[str, tf.Tensor]:
     return {name: tf.concat([part[name] for part in parts], axis=1) for name in parts[0]}
 
 
+def _support(tensors: dict[str, tf.Tensor]) -> tf.Tensor:
+    """Return the log density of a mixture at the means of its components, [B, K]."""
+    one = {name: tf.expand_dims(tensor, 1) for name, tensor in tensors.items()}
+    return in_blocks(lambda points: mixture_log_prob(one, points), tensors["loc"])
+
+
 def _with_triangle(tensors: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     """Return the tensors with `scale_tril` in place of a diagonal that stands alone."""
     if "scale_diag" not in tensors or "factor" in tensors:
@@ -173,7 +187,7 @@ def mixture_log_prob(tensors: Mapping[str, tf.Tensor], y: tf.Tensor) -> tf.Tenso
             [B, K, D, D].
         y: [B, D], nothing missing.
     """
-    residual = tf.expand_dims(y, 1) - tensors["loc"]  # [B, K, D]
+    residual = tf.expand_dims(y, -2) - tensors["loc"]  # [B, K, D]
     if "precision_tril" in tensors:
         z, log_volume = _white_by_precision(residual, tensors["precision_tril"])
     elif "scale_tril" in tensors:
@@ -223,7 +237,7 @@ def _outside(u: tf.Tensor, columns: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tens
     basis: list[tf.Tensor] = []
     for i, column in enumerate(columns):
         unit = [zero + float(i == j) for j in range(len(columns))]
-        column = tf.concat([column, *unit], axis=-1)
+        column = tf.concat([column + tf.zeros_like(u), *unit], axis=-1)  # of one shape
         for direction in basis:
             column -= tf.reduce_sum(column * direction, axis=-1, keepdims=True) * direction
         length = tf.sqrt(tf.reduce_sum(tf.square(column), axis=-1, keepdims=True))
