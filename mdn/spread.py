@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from mdn.data.rows import Data, Rows
 from mdn.data.splits import thin
-from mdn.density.agreement import support
+from mdn.density.agreement import FLOOR, support
 from mdn.density.mixture import GaussianMixture
 from mdn.density.recalibration import Recalibration
 from mdn.held_out import (
@@ -183,7 +183,8 @@ def fit_spread(
     known = [np.zeros(mixture.logits.shape) for mixture in mixtures]
     for _ in range(ROUNDS if agreement else 1):
         if agreement:
-            known = _supports(parts, [_scaled(m, theta[:d], held_out.kept) for m in mixtures])
+            scaled = [_scaled(m, theta[:d], held_out.kept) for m in mixtures]
+            known = _supports(len(judged), parts, scaled)
         now = functools.partial(score, known)
         theta = most_likely(now, weight, theta, least, most)
     ends = [
@@ -242,7 +243,9 @@ def _scaled(mixture: GaussianMixture, log_scale: Any, kept: int) -> Any:
     return Recalibration(tf.zeros_like(log_scale), tf.exp(log_scale), 1.0, kept).apply(mixture)
 
 
-def _supports(parts: Sequence[Part], mixtures: Sequence[GaussianMixture]) -> list[np.ndarray]:
+def _supports(
+    n: int, parts: Sequence[Part], mixtures: Sequence[GaussianMixture]
+) -> list[np.ndarray]:
     """Return what all members together say at the means of each one's components, [n, K] each.
 
     Up to a number that is the same for a row.
@@ -257,4 +260,10 @@ def _supports(parts: Sequence[Part], mixtures: Sequence[GaussianMixture]) -> lis
             log_prob += judge.log_share[there, np.newaxis]
             total[here] = np.logaddexp(total[here], log_prob)
         found.append(total)
-    return found
+    top = np.full(n, -np.inf)
+    for part, total in zip(parts, found, strict=True):
+        top[part.rows] = np.maximum(top[part.rows], total.max(axis=-1))
+    return [
+        np.maximum(total, top[part.rows, np.newaxis] - FLOOR)
+        for part, total in zip(parts, found, strict=True)
+    ]

@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from mdn.density.gaussian import LOG_2_PI
 from mdn.density.mixing import event_ranks
 from mdn.density.mixture import GaussianMixture
 from mdn.density.queries import Queries
 from mdn.density.transformed import Transformed, split_transform
 
-BLOCK = 16  # means at a time, which keeps [.., BLOCK, K, D] small
+BLOCK = 16  # means at a time, which keeps [.., BLOCK, K] small
+MOST_UNROLLED = 8  # targets
+FLOOR = 60.0  # nats below the best supported component: nothing, and still a number in float32
 
 
 def agree(density: Queries, power: float, kept: np.ndarray) -> Any:
@@ -40,29 +43,61 @@ def agree(density: Queries, power: float, kept: np.ndarray) -> Any:
     base: Any
     base, bijector = split_transform(density)
     tensors = base.tensors()
-    tensors["logits"] = reweigh(tensors["logits"], power * support(base), kept)
+    tensors["logits"] = reweigh(tensors["logits"], support(base), power, kept)
     mixture = type(base)(**tensors)
     return mixture if bijector is None else Transformed(mixture, bijector)
 
 
-def support(mixture: GaussianMixture, loc: Any = None) -> tf.Tensor:
+def support(mixture: GaussianMixture, points: Any = None) -> tf.Tensor:
     """Return the log density of a mixture at the means of its components, or other points.
+
+    That is `mixture.log_prob`, but for few targets by one exponential for each two components; a
+    density that has nothing left beside the highest is `FLOOR` below it, or lower.
 
     Args:
         mixture: batch [..].
-        loc: [.., n, D]; by default the means, n = K.
+        points: [.., n, D]; by default the means, n = K.
 
     Returns:
         [.., n].
     """
+    points = mixture.loc if points is None else points
+    if mixture.event_shape[-1] <= MOST_UNROLLED:
+        return in_blocks(_unrolled_log_prob(mixture), points)
     one = {
         name: tf.expand_dims(tensor, -1 - event_ranks(mixture)[name])
         for name, tensor in mixture.tensors().items()
     }  # batch [.., 1]
     log_prob = type(mixture)(**one).log_prob
-    return in_blocks(
-        lambda points: log_prob(points, complete=True), mixture.loc if loc is None else loc
-    )
+    return in_blocks(lambda some: log_prob(some, complete=True), points)
+
+
+def _unrolled_log_prob(mixture: GaussianMixture) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Return the log density of a mixture, batch [..], at points [.., n, D]."""
+    _, loc, scale_tril = mixture.mixture_parameters()
+    d, dtype = loc.shape[-1], loc.dtype
+    log_diag = tf.math.log(tf.linalg.diag_part(scale_tril))
+    peak = tf.nn.log_softmax(mixture.logits) - tf.reduce_sum(log_diag, axis=-1)  # [.., K]
+    top = tf.reduce_max(peak, axis=-1, keepdims=True)
+    height = tf.expand_dims(peak - top, -2)  # [.., 1, K]
+    white = tf.linalg.triangular_solve(scale_tril, tf.eye(d, dtype=dtype))[
+        ..., tf.newaxis, :, :, :
+    ]
+    least = np.finfo(dtype.as_numpy_dtype).tiny
+
+    def log_prob(points: tf.Tensor) -> tf.Tensor:
+        away = [points[..., i, tf.newaxis] - loc[..., tf.newaxis, :, i] for i in range(d)]
+        square = tf.zeros([], dtype)
+        for i in range(d):
+            others = () if mixture.diagonal else range(i)
+            z = white[..., i, i] * away[i]
+            for j in others:
+                z += white[..., i, j] * away[j]
+            square += tf.square(z)  # [.., n, K]
+        total = tf.reduce_sum(tf.exp(height - 0.5 * square), axis=-1)
+        return top - 0.5 * d * LOG_2_PI + tf.math.log(tf.maximum(total, least))
+
+    return log_prob
 
 
 def in_blocks(log_prob: Callable[[tf.Tensor], tf.Tensor], loc: tf.Tensor) -> tf.Tensor:
@@ -71,19 +106,22 @@ def in_blocks(log_prob: Callable[[tf.Tensor], tf.Tensor], loc: tf.Tensor) -> tf.
     return tf.concat([log_prob(loc[..., i : i + BLOCK, :]) for i in starts], axis=-1)
 
 
-def reweigh(logits: tf.Tensor, change: tf.Tensor, kept: np.ndarray) -> tf.Tensor:
-    """Return the logits [.., K] after a change, normalised; of the kept ones as they were.
+def reweigh(logits: tf.Tensor, support: tf.Tensor, power: float, kept: np.ndarray) -> tf.Tensor:
+    """Return the logits [.., K] of weights times exp(power support), normalised.
 
     Args:
         logits: [.., K].
-        change: [.., K], of the log weights.
-        kept: [K] booleans, for some but not all; the others share what they had together.
+        support: [.., K]; what is more than `FLOOR` below the highest counts as that.
+        power: of the density of which the support is the log.
+        kept: [K] booleans, of components whose weights stay as they are: some, but not all. The
+            weights of the others sum to what they did.
     """
     moved, stay = np.flatnonzero(~kept), np.flatnonzero(kept)
     logits = tf.nn.log_softmax(logits)
-    before, change = tf.gather(logits, moved, axis=-1), tf.gather(change, moved, axis=-1)
+    support = tf.maximum(support, tf.reduce_max(support, axis=-1, keepdims=True) - FLOOR)
+    before = tf.gather(logits, moved, axis=-1)
     total = tf.reduce_logsumexp(before, axis=-1, keepdims=True)
-    after = total + tf.nn.log_softmax(before + change)
+    after = total + tf.nn.log_softmax(before + power * tf.gather(support, moved, axis=-1))
     # Not by a mask of infinities: runtimes differ in what they make of those.
     whole = tf.concat([after, tf.gather(logits, stay, axis=-1)], axis=-1)
     return tf.gather(whole, np.argsort(np.append(moved, stay)), axis=-1)

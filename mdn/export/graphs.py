@@ -82,8 +82,9 @@ def portable_functions(model: MDN, groups: Sequence[Group]) -> dict[str, Any]:
         features = [group.model.features(codes) for group in groups]
         mixture = _beside([member(m, features) for m in range(members)])
         if agreement:
-            change = agreement * _support(mixture)
-            mixture["logits"] = reweigh(mixture["logits"], change, model.kept_components)
+            mixture["logits"] = reweigh(
+                mixture["logits"], _support(mixture), agreement, model.kept_components
+            )
             if recalibration is not None:
                 mixture = recalibration.apply_to(mixture, mixture["loc"].dtype)
         return mixture
