@@ -177,8 +177,12 @@ class Ensemble(MDN):
         self._check_adapted()
         return self._densities(*self._members_hidden(x, training))
 
-    def _shared_members(self, x: Any) -> tuple[Queries, tf.Tensor | None]:
-        """Return the densities of all members, and their shares [M, ..]; None: equal."""
+    def shared_members(self, x: Any) -> tuple[Queries, tf.Tensor | None]:
+        """Return the densities of all members, as `member_densities` does, and their shares.
+
+        The shares [M, B] or [M, B, T] sum to one over the members; None where all are equal. The
+        mixture of the densities in these shares is the density.
+        """
         return self.member_densities(x, training=False), None
 
     def _densities(self, hidden: tf.Tensor, batch: Any) -> Queries:
@@ -308,7 +312,7 @@ class Ensemble(MDN):
         """
 
         def split(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            return split_covariance(*self._shared_members(x))
+            return split_covariance(*self.shared_members(x))
 
         answers = self._over_rows("uncertainty", split, [self._as_rows(x)], batch_size)
         parts = [part for _, part in answers]

@@ -86,7 +86,7 @@ class Evaluation:
     calibration: Report
 
 
-def evaluate(model: MDN, data: Data, batch_size: int = 4096) -> Evaluation:
+def evaluate(model: MDN, data: Data, batch_size: int | None = None) -> Evaluation:
     """Judge the density on the test rows, and the baseline and the truth on the same rows.
 
     A row is one with weight and with an observed target; of sequences, each such step that is
@@ -95,7 +95,7 @@ def evaluate(model: MDN, data: Data, batch_size: int = 4096) -> Evaluation:
     Args:
         model: adapted, and trained or not.
         data: where the rows come from.
-        batch_size: rows that go through the network at a time.
+        batch_size: rows that go through the network at a time; by default as many as are fast.
 
     Returns:
         The metrics, where they have a meaning for these data:
@@ -165,13 +165,15 @@ def evaluate(model: MDN, data: Data, batch_size: int = 4096) -> Evaluation:
     return Evaluation(metrics, report)
 
 
-def evaluate_members(model: Ensemble, data: Data, batch_size: int = 4096) -> dict[str, float]:
+def evaluate_members(
+    model: Ensemble, data: Data, batch_size: int | None = None
+) -> dict[str, float]:
     """Judge what the members of an ensemble agree on, on the test rows that `evaluate` counts.
 
     Args:
         model: as for `evaluate`.
         data: where the rows come from.
-        batch_size: rows that go through the networks at a time.
+        batch_size: rows that go through the networks at a time; by default as many as are fast.
 
     Returns:
         The metrics:

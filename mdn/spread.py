@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from mdn.data.rows import Data, Rows
 from mdn.data.splits import thin
-from mdn.density.agreement import FLOOR, support
+from mdn.density.agreement import FLOOR, MOST_UNROLLED, support
 from mdn.density.mixture import GaussianMixture
 from mdn.density.recalibration import Recalibration
 from mdn.held_out import (
@@ -89,12 +89,15 @@ def pooled_spread(
     many, members = seen * pooled, kept[0].members * pooled
     alone = mixed @ [fit_spread(answer, agreement=False)[0] for answer in answers]
     together, _ = fit_spread(pool, agreement=False)
-    agreed, variance = fit_spread(pool, start=together)
+    few_targets = pool.y.shape[-1] <= MOST_UNROLLED  # else all answers would take long
+    agreed, variance = fit_spread(pool, agreement=few_targets, start=together)
     # A pool that agrees is of the same densities: by how much it is to be narrower still, the
     # scales without agreement tell.
     scale = extrapolate(alone[:-1], together[:-1], growth(seen, many, members))
     found = agreed + np.append(scale - together[:-1], 0.0)
-    found[-1] *= growth(1.0, many, members)  # one density has nobody to agree with
+    # One density has few to agree with: none but its own components.
+    grown = growth(1.0, many, members)
+    found[-1], variance[-1] = grown * found[-1], grown**2 * variance[-1]
     *log, agreement = shrink(found, variance).tolist()
     if not any(log):
         return None, agreement
@@ -195,7 +198,8 @@ def fit_spread(
     curvature = 0.5 * (curvature + curvature.T)
     variance = np.full(d + 1, np.inf)
     free = np.diag(curvature) > 1e-8 * len(weight)
-    free &= (theta > least) & (theta < most)  # where the search ended, there is no answer
+    # Where the search ended there is no answer; a power that large is one.
+    free &= (theta > least) & (theta < np.append(most[:d], np.inf))
     inverse = np.linalg.pinv(curvature[np.ix_(free, free)], hermitian=True)
     variance[free] = np.square(inverse @ slopes[free] * weight).sum(axis=1)
     return theta, variance

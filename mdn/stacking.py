@@ -40,7 +40,7 @@ class Stack(Ensemble):
 
     Its member m is the mixture of the members m of all of them. With an agreement the weights of
     its components are not those that they have in their members alone, and so the members' shares
-    differ from row to row.
+    differ from row to row, see `shared_members`.
 
     Args:
         models: adapted ensembles of as many members each, for the same features and targets.
@@ -119,7 +119,9 @@ class Stack(Ensemble):
     @property
     def _largest_batch(self) -> int:
         size = sum(model.members * model.head.params_size for model in self.models)
-        return largest_batch(size * BLOCK if self.agreement else size)
+        if self.agreement:  # a block of means beside all components
+            size = max(size, BLOCK * len(self.kept_components))
+        return largest_batch(size)
 
     # ------------------------------------------------------------------ densities
 
@@ -145,9 +147,9 @@ class Stack(Ensemble):
         return np.tile(kept, self.members)
 
     def member_densities(self, x: Any, training: bool | None = None) -> Queries:
-        return self._shared_members(x)[0]
+        return self.shared_members(x)[0]
 
-    def _shared_members(self, x: Any) -> tuple[Queries, tf.Tensor | None]:
+    def shared_members(self, x: Any) -> tuple[Queries, tf.Tensor | None]:
         if not self.agreement:
             return self._recalibrated(self._members(x)), None
         mixture: Any
@@ -165,7 +167,10 @@ class Stack(Ensemble):
     def member_answers(self, x: Any, rows: Sequence[np.ndarray] | None = None) -> Any:
         if self.agreement:
             if rows is not None:
-                raise RunError("the members of a stack with an agreement have no answers alone")
+                raise RunError(
+                    "the members of a stack with an agreement have no answers alone: leave out "
+                    "`rows`, and give rows that none has learned from"
+                )
             yield np.arange(len(self._as_rows(x))), self.predict_distribution(x)
             return
         answers = [model.member_answers(x, rows) for model in self.models]
@@ -186,8 +191,16 @@ class Stack(Ensemble):
     def _recalibrated(self, density: Queries) -> Queries:
         return density if self.recalibration is None else self.recalibration.apply(density)
 
+    def recalibrate(self, x: Any, y: Any, sample_weight: Any = None, **options: Any) -> Any:
+        if self.agreement and options.get("rows") is not None:
+            next(self.member_answers(x, options["rows"]))  # raises, before a map is lost
+        return super().recalibrate(x, y, sample_weight, **options)
+
     def set_recalibration(self, recalibration: Recalibration | None) -> None:
-        """Take a map of the members' densities, on top of what their parts have."""
+        """Take a map of the members' densities, on top of what their parts have.
+
+        With an agreement it is a map of their mixture.
+        """
         self.recalibration = recalibration
         self._forget_programs()
 

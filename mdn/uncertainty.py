@@ -17,8 +17,8 @@ class Uncertainty(NamedTuple):
     """The covariance of an ensemble's predictive density in two parts, which sum to it.
 
     Attributes:
-        aleatoric: [N, D, D] or [N, T, D, D], the mean of the members' covariances: the noise in
-            y that they agree on.
+        aleatoric: [N, D, D] or [N, T, D, D], the mean of the members' covariances in their
+            shares: the noise in y that they agree on.
         epistemic: of the same shape, the covariance of the members' means: where they differ.
     """
 

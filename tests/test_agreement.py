@@ -7,6 +7,7 @@ from scipy import special, stats
 from tensorflow_probability import bijectors as tfb
 
 import mdn
+from mdn.density import agreement
 from mdn.density.agreement import BLOCK, agree, support
 from mdn.density.transformed import Transformed
 
@@ -38,8 +39,10 @@ def log_density(density, row, points):
     return special.logsumexp(each, axis=0)
 
 
+@pytest.mark.parametrize("unrolled", [0, 8])
 @pytest.mark.parametrize("name", DENSITIES)
-def test_weights_grow_by_the_density_at_the_means(name):
+def test_weights_grow_by_the_density_at_the_means(name, unrolled, monkeypatch):
+    monkeypatch.setattr(agreement, "MOST_UNROLLED", unrolled)
     density = DENSITIES[name]
     found = agree(density, 0.7, KEPT)
     assert type(found) is type(density)
@@ -68,6 +71,31 @@ def test_transformed_targets_are_weighed_in_their_own_units():
     found, y = agree(Transformed(density, exp), 0.7, KEPT), np.exp(RNG.normal(size=[B, D]))
     expected = Transformed(agree(density, 0.7, KEPT), exp)
     np.testing.assert_allclose(found.log_prob(y), expected.log_prob(y))
+
+
+def test_hopeless_components_stay_numbers():
+    """In float32 the density at a mean far from all others, of hardly any weight, is nothing."""
+    loc = np.array([0.0, 1.0, 900.0, -3000.0])[:, np.newaxis]
+    logits = np.array([0.0, 0.0, -300.0, -150.0])
+    scale = np.array([1.0, 1.0, 1.0, 1e4])[:, np.newaxis]
+    for dtype in (np.float32, np.float64):
+        pool = mdn.GaussianMixture.from_diag(*(a.astype(dtype) for a in (logits, loc, scale)))
+        at_means = [
+            special.logsumexp(
+                special.log_softmax(logits) + stats.norm.logpdf(m, loc[:, 0], scale[:, 0])
+            )
+            for m in loc[:, 0]
+        ]
+        floor = max(at_means) - agreement.FLOOR
+        assert sum(value < floor for value in at_means) == 2
+        found = np.maximum(support(pool), floor)
+        np.testing.assert_allclose(found, np.maximum(at_means, floor), rtol=1e-5)
+        weight = special.log_softmax(logits) + 2.0 * np.maximum(at_means, floor)
+        np.testing.assert_allclose(
+            tf.nn.log_softmax(agree(pool, 2.0, np.zeros(4, bool)).logits),
+            special.log_softmax(weight),
+            rtol=1e-4,
+        )
 
 
 def test_the_mode_that_two_share_wins():

@@ -83,10 +83,20 @@ def wide():
     return model, x
 
 
+def far():
+    """Return a stack whose members agree, of narrow targets far from zero."""
+    made = {}
+    y = (Y - Y.mean(axis=0)) / Y.std(axis=0) * 0.02 + np.round(10.0 * X[:, :1]) + 100.0
+    for name in ("a", "b"):
+        made[name], x = adapted(heads.Mixture(2, 9), members=2, y=y)
+    return stack(made, {"a": 0.4, "b": 0.6}, agreement=3.0), x
+
+
 CASES = {
     "tabular": tabular,
     "stacked": stacked,
     "mapped": mapped,
+    "far": far,
     "diag": wide,
     "tril": lambda: adapted(heads.TriL(3), backbones.ResNet(8, 1), MISSING, "indicator"),
     "one_target": lambda: adapted(heads.Mixture(1, 2), backbones.MLP([8], activation="selu")),

@@ -17,7 +17,15 @@ from mdn.density.recalibration import Recalibration
 from mdn.ensembles import Ensemble
 from mdn.export import export_saved_model
 from mdn.held_out import HeldOut
-from mdn.spread import _held_out_rows, extrapolate, fit_spread, growth, pooled_spread, shrink
+from mdn.spread import (
+    MOST_AGREEMENT,
+    _held_out_rows,
+    extrapolate,
+    fit_spread,
+    growth,
+    pooled_spread,
+    shrink,
+)
 from mdn.stacking import stack
 
 RNG = np.random.default_rng(0)
@@ -250,6 +258,35 @@ def test_many_large_members_are_judged_by_few_rows(data):
         rows, own = _held_out_rows([large, large], data, known)
         assert len(rows) == 20
         assert own is None or all(len(rows) == 20 for rows in own)
+
+
+def test_agreement_on_one_of_two_modes(monkeypatch):
+    """Both members have the right mode, and each a wrong one of its own of the same weight."""
+    n, sd = 600, 0.1
+    y = sd * RNG.normal(size=n)
+    rows = np.arange(n)
+
+    def member(wrong):
+        loc = np.stack([np.zeros(n), wrong], axis=1)[..., np.newaxis]
+        return mdn.GaussianMixture.from_diag(np.zeros([n, 2]), loc, np.full([n, 2, 1], sd))
+
+    parts = [(rows, member(RNG.normal(size=n) + sign * 6.0)) for sign in (-1.0, 1.0)]
+    held_out = HeldOut(parts, y[:, None], y[:, None], np.ones(1), np.ones(n))
+    (_, power), variance = fit_spread(held_out)
+    # The right mode has twice the density of a wrong one, so that 2^(1 + power) : 1 are the odds:
+    # the more, the better, up to the end of the search.
+    assert power == MOST_AGREEMENT
+    assert shrink(np.array([power]), variance[-1:])[0] > 0.9 * power
+    monkeypatch.setattr("mdn.spread.MOST_UNROLLED", 0)  # as of many targets
+    monkeypatch.setattr(
+        "mdn.spread._held_out_rows", lambda *_: (types.SimpleNamespace(x=0, y=0, weight=0), None)
+    )
+    monkeypatch.setattr("mdn.spread.hold_out", lambda *_: held_out)
+    ensemble = types.SimpleNamespace(members=5)
+    data = types.SimpleNamespace(train=0, validation=1)
+    assert (
+        pooled_spread({"a": ensemble, "b": ensemble}, {"a": 0.5, "b": 0.5}, data, None)[1] == 0.0
+    )
 
 
 def test_one_wild_row_is_in_doubt():

@@ -160,7 +160,7 @@ def test_density_of_members_that_agree(ensembles, both, agreeing):
 
 def test_members_that_agree_have_shares_of_a_row(agreeing):
     x = tf.constant(X, tf.float32)
-    members, weight = agreeing._shared_members(x)
+    members, weight = agreeing.shared_members(x)
     assert weight.shape == [2, len(X)]
     np.testing.assert_allclose(tf.reduce_sum(weight, axis=0), 1.0, rtol=1e-5)
     assert np.ptp(weight[0]) > 0.01
@@ -175,7 +175,7 @@ def test_members_that_agree_have_shares_of_a_row(agreeing):
     np.testing.assert_allclose(
         epistemic, np.einsum("mn,mni,mnj->nij", weight, away, away), rtol=1e-3, atol=1e-4
     )
-    with pytest.raises(RunError, match="have no answers alone"):
+    with pytest.raises(RunError, match="have no answers alone: leave out `rows`"):
         next(agreeing.member_answers(X, [np.arange(5), np.arange(5, 9)]))
 
 
@@ -189,6 +189,9 @@ def test_agreement_is_saved_and_exported_below_a_map(ensembles, agreeing, tmp_pa
     x, y = x.astype(np.float32), y.astype(np.float32)
     expected = fit.map.apply(agreeing(x)).log_prob(y)
     np.testing.assert_allclose(model.log_prob(x, y), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RunError, match="leave out `rows`"):
+        model.recalibrate(x, y, rows=[np.arange(300), np.arange(300, 600)])
+    assert model.recalibration == fit.map  # it is not lost
     model.save(tmp_path / "model.keras")
     again = mdn.load(tmp_path / "model.keras")
     assert again.agreement == 1.7

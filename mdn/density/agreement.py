@@ -23,7 +23,7 @@ from mdn.density.mixture import GaussianMixture
 from mdn.density.queries import Queries
 from mdn.density.transformed import Transformed, split_transform
 
-BLOCK = 16  # means at a time, which keeps [.., BLOCK, K] small
+BLOCK = 16  # means at a time
 MOST_UNROLLED = 8  # targets
 FLOOR = 60.0  # nats below the best supported component: nothing, and still a number in float32
 
@@ -100,10 +100,14 @@ def _unrolled_log_prob(mixture: GaussianMixture) -> Callable[[tf.Tensor], tf.Ten
     return log_prob
 
 
-def in_blocks(log_prob: Callable[[tf.Tensor], tf.Tensor], loc: tf.Tensor) -> tf.Tensor:
-    """Return the log density [.., n] at points [.., n, D], a few of them at a time."""
-    starts = range(0, loc.shape[-2], BLOCK)
-    return tf.concat([log_prob(loc[..., i : i + BLOCK, :]) for i in starts], axis=-1)
+def in_blocks(log_prob: Callable[[tf.Tensor], tf.Tensor], points: tf.Tensor) -> tf.Tensor:
+    """Return the log density [.., n] at points [.., n, D], of `BLOCK` of them at a time."""
+    found: list[tf.Tensor] = []
+    for i in range(0, points.shape[-2], BLOCK):
+        # One after the other: what a block needs is many times larger than what it leaves.
+        with tf.control_dependencies(found[-1:]):
+            found.append(log_prob(tf.identity(points[..., i : i + BLOCK, :])))
+    return tf.concat(found, axis=-1)
 
 
 def reweigh(logits: tf.Tensor, support: tf.Tensor, power: float, kept: np.ndarray) -> tf.Tensor:

@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from scipy import special
 
+from mdn.density.agreement import support
 from mdn.density.transformed import split_transform
 from mdn.errors import ConfigError, RunError
 from mdn.export.graphs import groups_of, portable_functions
@@ -33,6 +35,7 @@ from mdn.export.saved_model import (
 )
 from mdn.features import Columns
 from mdn.model import MDN
+from mdn.stacking import Stack
 
 log = logging.getLogger(__name__)
 
@@ -242,15 +245,31 @@ def expected_answers(
     log_prob = density.log_prob(y).numpy()
     # What the last digit of y is worth: more than the tolerance, where y is far from zero.
     last = np.abs(density.log_prob(np.nextafter(y, np.float32(np.inf))).numpy() - log_prob)
+    expected = {
+        name: (value, TOLERANCE * (np.abs(value) + np.abs(value).mean(axis=(0, 1))))
+        for name, value in ((name, tensor.numpy()) for name, tensor in params.items())
+    }
+    if isinstance(model, Stack) and model.agreement:
+        # Nor are weights by the density at means known better than the last digit of those.
+        logits, tolerance = expected["logits"]
+        known = model.agreement * _last_digit_of_support(mixture)
+        expected["logits"] = logits, tolerance + 4.0 * known
+        last += (special.softmax(logits, axis=-1) * known).sum(axis=-1)
     return {
-        "params": {
-            name: (value, TOLERANCE * (np.abs(value) + np.abs(value).mean(axis=(0, 1))))
-            for name, value in ((name, tensor.numpy()) for name, tensor in params.items())
-        },
+        "params": expected,
         "log_prob": {
             "log_prob": (log_prob, TOLERANCE * (1.0 + np.abs(log_prob)) + 4.0 * last),
         },
     }
+
+
+def _last_digit_of_support(mixture: Any) -> np.ndarray:
+    """Return by how much `support` moves where every other component's mean does, [B, K]."""
+    loc = mixture.loc.numpy()
+    odd = np.arange(loc.shape[-2]) % 2 == 1
+    moved = np.where(odd[:, np.newaxis], np.nextafter(loc, np.float32(np.inf)), loc)
+    tensors = mixture.tensors() | {"loc": moved}
+    return np.abs(support(type(mixture)(**tensors)) - support(mixture))
 
 
 def _as_tensors(x: Any) -> Any:
