@@ -36,6 +36,7 @@ class FixedModel:
         self.batches = []
 
     def densities(self, x, batch_size):
+        batch_size = batch_size or len(x)
         for start in range(0, len(x), batch_size):
             rows = slice(start, min(start + batch_size, len(x)))
             self.batches.append(rows)

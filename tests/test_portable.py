@@ -86,9 +86,9 @@ def wide():
 def far():
     """Return a stack whose members agree, of narrow targets far from zero."""
     made = {}
-    y = (Y - Y.mean(axis=0)) / Y.std(axis=0) * 0.02 + np.round(10.0 * X[:, :1]) + 100.0
+    y = 0.02 * (Y - Y.mean(axis=0)) / Y.std(axis=0) + np.arange(len(Y))[:, np.newaxis] % 6 + 100.0
     for name in ("a", "b"):
-        made[name], x = adapted(heads.Mixture(2, 9), members=2, y=y)
+        made[name], x = adapted(heads.Mixture(2, 9, background=0.01), members=2, y=y)
     return stack(made, {"a": 0.4, "b": 0.6}, agreement=3.0), x
 
 
