@@ -69,11 +69,11 @@ def _changed(config: DictConfig, changes: dict[str, Any]) -> DictConfig:
 
 
 def weigh(models: Mapping[str, Any], config: DictConfig, data: Data) -> Stacking:
-    """Return the shares of trained variants, and the spread of their mixture.
+    """Return the shares of trained variants, and the spread and agreement of their mixture.
 
     Args:
         models: ensembles, by name.
-        config: of the run; with `recalibrate` given the spread stays as it is.
+        config: of the run; with `recalibrate` given both stay as they are.
         data: the rows.
 
     Raises:

@@ -252,7 +252,7 @@ class Stacking:
     Attributes:
         shares: of each ensemble that is worth its time; they sum to 1.
         nll: of each, the NLL of the rows that its members held out, in nats a row.
-        stacked: that of the mixture in these shares, without the spread.
+        stacked: that of the mixture in these shares, without spread and agreement.
         failed: those whose NLL is not finite.
         spread: what suits the density of each member in the mixture, or None; see `mdn.spread`.
         agreement: the power to which components count by what the mixture says of them.
@@ -281,7 +281,7 @@ class Stacking:
         )
 
     def metrics(self, targets: Sequence[str]) -> dict[str, float]:
-        """Return flat keys for metrics.json; the NLL is that without the spread."""
+        """Return flat keys for metrics.json; the NLL is that without spread and agreement."""
         nll = {f"recipe/nll/{name}": value for name, value in self.nll.items()}
         shares = {f"recipe/share/{name}": value for name, value in self.shares.items()}
         found = {"recipe/nll": self.stacked, **nll, **shares}

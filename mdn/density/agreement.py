@@ -3,8 +3,8 @@
 A mixture of densities that differ says that any of them may be right, and keeps each mode of each
 of them. Where they are right about some modes and each wrong about others, as with little noise,
 the modes that they agree on are likelier than their shares: a component counts by the density of
-the whole pool at its mean, to a power. It is half of the way to the product of densities, and the
-result stays a mixture of the same components.
+the whole pool at its mean, to a power. That is a part of the way to the product of the densities,
+and the result stays a mixture of the same components.
 
 Shape letters: D event size, K components.
 """
