@@ -4,12 +4,15 @@ import itertools
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
 import tf_keras
 
 import mdn
+from mdn.data import chunks
+from mdn.data.chunks import Batches, float_specs
 from mdn.data.generators import stack_generator
 
 N, B = 96, 16
@@ -129,6 +132,22 @@ def test_an_iterator_that_is_alive_at_the_end_keeps_no_process_waiting(taken):
         "next(alive)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True)
+
+
+def test_what_is_read_ahead_goes_before_the_interpreter_does():
+    class Source:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return (np.zeros([2, 3, 1], "f"),), np.int32(2)
+
+    sources = [Source()]
+    left = weakref.ref(sources[0])
+    alive = iter(Batches(sources.pop, float_specs([(2, 3, 1)]), 2))
+    next(alive)
+    chunks._close_all()
+    assert left() is None, alive
 
 
 class Interrupted(tf_keras.callbacks.Callback):

@@ -124,6 +124,9 @@ def shard_by_row(batches: tf.data.Dataset) -> tf.data.Dataset:
 def _read_ahead(chunks: Iterator[Chunk], count: int) -> Iterator[Chunk]:
     """Yield chunks that a thread reads and makes tensors of, so many ahead."""
     ahead = _Ahead(chunks, count)
+    # The thread alone holds it, and lets go of it as it ends. An iterator of `tf.data` that lived
+    # until the interpreter ends would wait for its own threads, which wait for Python's lock.
+    del chunks
     try:
         yield from ahead.elements()
     finally:
@@ -190,5 +193,8 @@ _ALIVE: weakref.WeakSet[_Ahead] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    for ahead in list(_ALIVE):
+    alive = list(_ALIVE)
+    for ahead in alive:  # first all: one may read what another reads ahead
+        ahead.stop()
+    for ahead in alive:
         ahead.close()
