@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ SHOWN = {
     "test/coverage90": "cover 90 %",
     "train/seconds": "seconds",
 }
-_HIGHER_IS_BETTER = ("elbo", "rows_per_second")
+_HIGHER_IS_BETTER = re.compile(r"(elbo|elbo_gain_\d+|gain|skill|rows_per_second)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _rank(run: Run, key: str | None) -> float:
     value = run.metrics.get(name, math.nan) if name else math.nan
     if math.isnan(value):
         return math.inf
-    return -value if name and name.endswith(_HIGHER_IS_BETTER) else value
+    return -value if name and _HIGHER_IS_BETTER.search(name) else value
 
 
 def _table(runs: list[Run], key: str | None) -> Table:

@@ -93,12 +93,13 @@ class MDN(AnsweringModel):
             x: [N, F], [N, T, F], or a mapping from column name to [N].
             y: [N, D] or [N, T, D] in the user's units; NaN marks a missing entry.
             missing: "error" refuses missing features, and answers NaN for a row that lacks a
-                number; "indicator" fills them with the mean and tells the network so. Ignored
-                where the model was given `Standardize`.
+                number; "indicator" fills them with the mean and tells the network so. A
+                `Standardize` that the model was given decides by itself.
             seed: of the head's k-means start.
 
         Raises:
-            DataError: rows that no density can be fitted to, see `mdn.data.checks`.
+            DataError: rows that no density can be fitted to, see `mdn.data.checks`; "indicator",
+                of a model given a `Standardize` for "error".
         """
         x, y = as_features(x), np.asarray(y)
         standardized = isinstance(self.encoder, Standardize)

@@ -48,7 +48,7 @@ class Prediction:
         rows: N.
         resumed: rows that an earlier, killed run had answered.
         unseen: column -> rows whose category has no slot of its own: they take the unknown one.
-        unanswered: rows that lack a feature which no train row lacked; their answers are empty.
+        unanswered: rows that lack a number which no train row lacked; their answers are empty.
         scored: rows with a known target.
         log_prob: the sum of their log densities, in nats.
     """
@@ -83,7 +83,7 @@ class Prediction:
             )
         if self.unanswered:
             told.append(
-                f"{self.unanswered:,} rows lack a feature that no train row lacked: their answers "
+                f"{self.unanswered:,} rows lack a number that no train row lacked: their answers "
                 "are empty"
             )
         return told

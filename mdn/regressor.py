@@ -73,7 +73,8 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         target_transform: for positive or bounded targets, as for `mdn.heads.Head`.
         loss: what to minimise, as for `mdn.MDN.compile`.
         learning_rate: the peak of Adam's cosine schedule.
-        steps: train steps, at most; default 60 passes of the rows, but 2,500 to 12,000 steps.
+        steps: train steps at most, beyond 100 rounded up to hundreds; default 60 passes of the
+            rows, but 2,500 to 12,000 steps.
         batch_size: B; default N / 16, but 32 to 256; where N / 256 is more, that, up to 1,024.
         validation_fraction: share of the rows to hold out for early stopping, which each member
             draws for itself; where that is less than one row, none.

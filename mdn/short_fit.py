@@ -46,7 +46,8 @@ def fit_folds(
             that it holds out, [M, n] each; of no rows held out the last weights are kept.
         loss: as for `MDN.compile`.
         learning_rate: the peak of Adam's cosine schedule.
-        steps: train steps, at most; by default `mdn.budget.train_steps`.
+        steps: train steps at most, rounded up to whole chunks; by default
+            `mdn.budget.train_steps`.
         batch_size: B; by default `mdn.budget.batch_size`.
         patience: looks at the held-out rows without improvement, after which training stops.
         seed: of the order of the rows.

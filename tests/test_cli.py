@@ -220,7 +220,7 @@ def test_pictures_are_drawn_anew(run, tmp_path):
 def test_export_does_not_overwrite_unless_asked(run, tmp_path):
     with pytest.raises(RunError, match="saved_model exists: give another --output"):
         export_run(run)
-    path = export_run(run, output=tmp_path / "model")
+    path = export_run(run, output=tmp_path / "models" / "1")
     description = json.loads((path / "mdn.json").read_text())
     assert description["config"]["k"] == 2
     assert description["targets"] == ["price"]
@@ -266,9 +266,10 @@ def write_run(folder, data, overrides=(), **metrics):
 
 def test_runs_are_listed_best_first_by_their_rows(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    one = {"test__nll": 1.5, "test__nll_se": 0.25, "train__seconds": 3.0}
+    one = {"test__nll": 1.5, "test__nll_se": 0.25, "train__seconds": 3.0, "test__crps_skill": 0.2}
     write_run(tmp_path / "a" / "0", "x", ["k=3", "'data.targets=[y]'"], **one)
-    write_run(tmp_path / "a" / "1", "x", ["k=5", "output_dir=o"], test__nll=0.5)
+    two = {"test__nll": 0.5, "test__crps_skill": 0.6}
+    write_run(tmp_path / "a" / "1", "x", ["k=5", "output_dir=o"], **two)
     write_run(tmp_path / "b", "x", ["k=7"], test__nll=-1.0)
     write_run(tmp_path / "c", "other", test__elbo=-3.0)
     write_run(tmp_path / "d", "other", test__elbo=-2.0)
@@ -283,6 +284,9 @@ def test_runs_are_listed_best_first_by_their_rows(tmp_path, capsys, monkeypatch)
     print_runs(find_runs(tmp_path), "train/seconds")
     out = capsys.readouterr().out
     assert out.index("k=3") < out.index("k=7")
+    print_runs(find_runs(tmp_path), "test/crps_skill")
+    out = capsys.readouterr().out
+    assert out.index("k=5") < out.index("k=3")
     with pytest.raises(RunError, match="no run has the metric 'nope': choose one of test/elbo"):
         print_runs(find_runs(tmp_path), "nope")
 

@@ -16,6 +16,7 @@ from mdn import MDN, backbones, heads
 from mdn.density import GaussianMixture
 from mdn.density.given import condition_on_observed
 from mdn.export import directory_size, export_saved_model
+from mdn.export.signatures import meaning
 
 # On one worker, which makes the fixtures once.
 pytestmark = pytest.mark.xdist_group("signatures")
@@ -168,6 +169,9 @@ def test_parameters_of_transformed_targets_are_those_of_their_logs(positive):
     assert set(signatures["serving_default"](x=tensor(X[:5]))) == {"mean", "stddev"}
     outputs = description["signatures"]["params"]["outputs"]
     assert outputs["loc"]["meaning"].endswith("units of the transformed targets")
+    for name in ("scale_diag", "factor", "precision_tril"):  # as the portable formats state them
+        assert "units of the transformed targets" in meaning(name, True)
+        assert "units of y" in meaning(name, False)
     assert description["target_transform"] == "log"
 
 

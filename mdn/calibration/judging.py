@@ -45,8 +45,8 @@ def report(
         y: [N, D] or [N, T, D]; NaN marks a missing entry. Of one target also [N].
         targets: D names.
         features: names of the columns of a matrix x.
-        by: what to slice the rows by, name -> [N], numbers or categories; by default each
-            feature. Slices by the density's own mean and width are always there.
+        by: what to slice the rows by, name -> [N] or [N, T], numbers or categories; by default
+            each feature. Slices by the density's own mean and width are always there.
         weight: [N], row weights.
         reference: [M, D], the targets whose marginal distribution the skill is measured against,
             such as those of the train rows; by default y itself.

@@ -33,7 +33,7 @@ class Scores:
         pit: [N, D], each entry through the distribution function of its margin.
         region: [N], probability of the smallest highest-density region that holds y; NaN also
             for the rows that were compared with no draws.
-        crps: [N, D], in the units of y.
+        crps: [N, D], in the units of y; of transformed targets NaN also for such rows.
         width50: [N, D], of the central 50 % intervals.
         width90: [N, D], of the central 90 % intervals.
         mean: [N, D], of the density.

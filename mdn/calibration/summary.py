@@ -122,7 +122,7 @@ class Report:
         Returns:
             `n`; `targets`: for each by its name the tests and direction of its PIT, coverage,
             calibration error, CRPS with its skill, the widths of its intervals, and the grid's
-            step; `regions`: the same of the highest-density regions; `slices`.
+            step; `regions`: p values and coverage of the highest-density regions; `slices`.
         """
         targets = {}
         for d, name in enumerate(self.targets):

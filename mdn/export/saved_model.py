@@ -169,7 +169,7 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     """Yield a folder under a temporary name, which becomes `path` once the block is done.
 
     Args:
-        path: where `check_path` passes.
+        path: where `check_path` passes; the folders above it are made.
         overwrite: replace what is at `path`.
 
     Raises:
@@ -179,7 +179,7 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     partial = home.with_name(f".{home.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial.mkdir(parents=True)
         yield partial
         _move(partial, home, overwrite)
     except (OSError, tf.errors.OpError) as error:

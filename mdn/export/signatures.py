@@ -32,7 +32,7 @@ MEANINGS = {
     "scale_tril": "Cholesky factors of the components' covariances, in the units of y",
     "scale_diag": "standard deviations, in the units of y; with a factor, of what is not shared",
     "factor": "W of the components' covariances diag(scale_diag^2) + W W^T, in the units of y",
-    "precision_tril": "Cholesky factors of the components' precisions, in units of 1 / y",
+    "precision_tril": "Cholesky factors of the components' precisions, in 1 / the units of y",
     "log_prob": "log density, in nats",
     "cdf": "P(Y_d <= y_d) of each target by itself, in [0, 1]; NaN where y is",
     "quantile": "of each target by itself, in the units of y",
@@ -41,7 +41,7 @@ MEANINGS = {
     "sample": "draws, in the units of y",
 }
 # Of these, where targets are transformed: what the parameters describe.
-_TRANSFORMED = ("logits", "loc", "scale_tril")
+_TRANSFORMED = ("logits", "loc", "scale_tril", "scale_diag", "factor", "precision_tril")
 
 
 def signatures(model: MDN, features: Any) -> tuple[dict[str, Any], dict[str, str]]:
