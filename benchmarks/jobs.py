@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,11 @@ def run_units(work: Work, units: Sequence[Any], jobs: int, receive: Callable[[An
     todo, reports = _SPAWN.Queue(), _SPAWN.Queue()
     for unit in [*units, *[None] * jobs]:
         todo.put(unit)
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    arguments = work, todo, reports, threads
+    arguments = work, todo, reports
     processes = [_SPAWN.Process(target=_serve, args=arguments, daemon=True) for _ in range(jobs)]
-    for process in processes:
-        process.start()
+    with _environment(max(1, (os.cpu_count() or 1) // jobs)):
+        for process in processes:
+            process.start()
     try:
         working = jobs
         while working:
@@ -80,10 +81,21 @@ def run_units(work: Work, units: Sequence[Any], jobs: int, receive: Callable[[An
             process.join()
 
 
-def _serve(work: Work, todo: Any, reports: Any, threads: str) -> None:
+@contextlib.contextmanager
+def _environment(threads: int) -> Iterator[None]:
+    """Have processes that start here compute by so many threads: they read it as they import."""
+    names = "TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS"
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(threads)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _serve(work: Work, todo: Any, reports: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
-    for name in ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS"):  # before what reads them
-        os.environ[name] = threads
     try:
         while (unit := todo.get()) is not None:
             work(unit, lambda report: reports.put((None, report)))

@@ -23,6 +23,14 @@ from mdn.errors import RunError
 from mdn.updates import KerasUpdate, State, Update
 
 
+def _unpack(data: Any) -> tuple[Any, Any, Any]:
+    """Return x, y and weights of a batch; targets that are integers as floating point numbers."""
+    x, y, sample_weight = tf_keras.utils.unpack_x_y_sample_weight(data)
+    if y is not None and not y.dtype.is_floating:
+        y = tf.cast(y, tf_keras.backend.floatx())
+    return x, y, sample_weight
+
+
 class TrainedModel(CompiledModel):
     """A Keras model with a train step of its own: `MDN` and `VAE` say what it minimises.
 
@@ -70,7 +78,7 @@ class TrainedModel(CompiledModel):
         return self.results(training=True)
 
     def learn(self, data: Any, update: Update, state: State) -> State:
-        x, y, sample_weight = tf_keras.utils.unpack_x_y_sample_weight(data)
+        x, y, sample_weight = _unpack(data)
         with tf.GradientTape() as tape:
             loss, outputs = self.forward(x, y, sample_weight, training=True)
             # Gradients of the replicas are summed.
@@ -95,7 +103,7 @@ class TrainedModel(CompiledModel):
         return [v for tracker in vars(self._trackers).values() for v in tracker.variables]
 
     def test_step(self, data: Any) -> dict[str, Any]:
-        x, y, sample_weight = tf_keras.utils.unpack_x_y_sample_weight(data)
+        x, y, sample_weight = _unpack(data)
         _, outputs = self.forward(x, y, sample_weight, training=False)
         self.compute_metrics(x, y, outputs, sample_weight)
         return self.results(training=False)

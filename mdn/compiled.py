@@ -121,6 +121,13 @@ def check_sizes(**sizes: int | None) -> None:
             raise ConfigError(f"{name}={size}: must be at least 1")
 
 
+def _length(batches: tf.data.Dataset) -> int | None:
+    """Return how many batches there are, counted where the dataset does not know."""
+    if int(batches.cardinality()) != tf.data.UNKNOWN_CARDINALITY:
+        return None
+    return int(batches.reduce(np.int64(0), lambda count, *_: count + 1))
+
+
 class CompiledModel(tf_keras.Model):
     """A Keras model whose `fit` and `evaluate` run in chunks."""
 
@@ -308,11 +315,16 @@ class CompiledModel(tf_keras.Model):
                 chunk,
             )
         elif isinstance(held_out, tf.data.Dataset):
+            if validation_steps is None and isinstance(batches, Batches):
+                validation_steps = _length(held_out)
             held_out = self._stacked(held_out, validation_steps, chunk)
+        elif isinstance(held_out, Iterator):
+            held_out = map(self._converted, held_out)
         if isinstance(self.optimizer, tf_keras.optimizers.Optimizer):
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables)
         with self._looping(batches, held_out) as ((x, steps), (held_out, held_out_steps)):
+            self._eval_data_handler = None  # of a `fit` that was interrupted, with its rows
             return super().fit(
                 x,
                 epochs=epochs,
@@ -360,6 +372,8 @@ class CompiledModel(tf_keras.Model):
                 x = self._evaluation_batches(self.as_arrays(x, y, sample_weight), batch_size)
             elif isinstance(x, tf.data.Dataset):
                 x = self._stacked(x, steps)
+            elif isinstance(x, Iterator):
+                x = map(self._converted, x)
             with self._looping(None, x) as (_, (x, found)):
                 return super().evaluate(
                     x, verbose=verbose, steps=found or steps, callbacks=callbacks, **kwargs
@@ -390,18 +404,18 @@ class CompiledModel(tf_keras.Model):
         size = int(batches.cardinality())
         if steps is None and size == tf.data.INFINITE_CARDINALITY:
             raise ConfigError("the dataset is endless: say how many steps_per_epoch")
+        encoded = self.encoded(batches)
         if steps is None and size < 0:
             self._explain("the dataset does not know its length: give steps_per_epoch")
-            return batches
-        encoded = self.encoded(batches)
+            return encoded
         spec = encoded.element_spec
         spec = spec if isinstance(spec, tuple) else (spec,)
         if not all(isinstance(s, tf.TensorSpec) and s.shape.rank for s in spec):
             self._explain("the batches of the dataset are no tensors")
-            return batches
+            return encoded
         if not all(s.shape[1:].is_fully_defined() for s in spec):
             self._explain("the batches of the dataset have no fixed shape")
-            return batches
+            return encoded
         batch_size = spec[0].shape[0]
         if batch_size is None:  # such as `Dataset.batch` makes them, the last one smaller
             first = next(iter(encoded.take(1)))
@@ -418,12 +432,12 @@ class CompiledModel(tf_keras.Model):
         """Return the batches of a Python generator as chunks, where their number is known."""
         if steps is None:
             self._explain("a generator does not know its length: give steps_per_epoch")
-            return elements
+            return map(self._converted, elements)
+        return stack_generator(elements, self._converted, steps, epochs, self._loop.chunk)
 
-        def convert(element: Any) -> tuple[np.ndarray, ...]:
-            return self.as_arrays(*tf_keras.utils.unpack_x_y_sample_weight(element))
-
-        return stack_generator(elements, convert, steps, epochs, self._loop.chunk)
+    def _converted(self, element: Any) -> tuple[np.ndarray, ...]:
+        """Return a batch of a Python generator as arrays."""
+        return self.as_arrays(*tf_keras.utils.unpack_x_y_sample_weight(element))
 
     @contextlib.contextmanager
     def _looping(self, train: Any, test: Any) -> Iterator[list[tuple[Any, int | None]]]:
@@ -448,7 +462,13 @@ class CompiledModel(tf_keras.Model):
                 given.append((_ticks(), batches.steps))
             else:
                 given.append((batches.unstacked(), batches.steps))
-        spe = next((b.chunk for b in (train, test) if isinstance(b, Batches)), 1)
+        chunked = [batches for batches in (train, test) if isinstance(batches, Batches)]
+        spe = chunked[0].chunk if chunked else 1
+        if any(batches.chunk != min(spe, batches.steps) for batches in chunked[1:]):
+            raise ConfigError(
+                f"validation_data has chunks of {chunked[1].chunk} batches, and what trains of "
+                f"{spe}: make it with chunk={spe}"
+            )
         # Keras keeps its functions for batches of any rows, and for so many steps as it had first.
         functions = self.train_function, self.test_function
         own = [(which, complete, spe == 1) for which, complete in loop.complete.items()]

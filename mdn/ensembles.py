@@ -490,8 +490,8 @@ class Ensemble(MDN):
             score *= sample_weight
         axes = list(range(1, score.shape.rank))
         total = tf.reduce_sum(tf.where(counted, score, tf.zeros_like(score)), axes)
-        count = tf.maximum(tf.reduce_sum(tf.cast(counted, score.dtype), axes), 1.0)
-        return total / count, tf.broadcast_to(count, [self.members])
+        count = tf.reduce_sum(tf.cast(counted, score.dtype), axes)
+        return total / tf.maximum(count, 1.0), tf.broadcast_to(count, [self.members])
 
     def _counted(self, x: Any, y: tf.Tensor) -> tf.Tensor:
         if not self._is_stacked(x):

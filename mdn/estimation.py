@@ -25,7 +25,7 @@ from mdn.data.draws import Gaussians
 from mdn.data.rows import Data
 from mdn.density import GaussianMixture, MultivariateNormalTriL
 from mdn.errors import DataError, RunError
-from mdn.evaluation import Gaussian, mean_and_error
+from mdn.evaluation import Gaussian, finite, mean_and_error
 from mdn.export import directory_size
 from mdn.export.distribution import export_distribution
 from mdn.figures import write_figures
@@ -106,6 +106,7 @@ def _write(
     if len(fit.history) > 1:
         figures["history"] = history_figure({"nll": fit.history})
     write_figures(figures, Path(directory / "plots"))
+    metrics = finite(metrics)
     directory.write_json("provenance.json", provenance(config, data.fingerprint()))
     directory.write_json("metrics.json", metrics)
 

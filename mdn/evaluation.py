@@ -8,7 +8,9 @@ Shape letters: N rows, T time, D event size.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,17 +19,20 @@ from rich.table import Table
 from scipy import linalg
 
 from mdn.calibration.judging import assemble
-from mdn.calibration.scores import score
+from mdn.calibration.scores import score_parts
 from mdn.calibration.summary import Report
 from mdn.data.resolution import grid_steps, spread_over_cells
 from mdn.data.rows import Data, Rows, find_counted
 from mdn.errors import RunError
 from mdn.fitting.em import fit_mixture, group_by_pattern
-from mdn.margins import join_rows, take_rows
+from mdn.margins import take_rows
 
 if TYPE_CHECKING:
+    from mdn.density.queries import Queries
     from mdn.ensembles import Ensemble
     from mdn.model import MDN
+
+log = logging.getLogger(__name__)
 
 _EM_TOLERANCE = 1e-14
 
@@ -118,18 +123,23 @@ def evaluate(model: MDN, data: Data, batch_size: int | None = None) -> Evaluatio
     known, train_weight = _observed(train)
     step = grid_steps(known)
     log_prob = np.empty(test.y.shape[:-1])
-    parts = []
-    for rows, density in model.densities(test.x, batch_size):
-        log_prob[rows] = density.log_prob(test.y[rows].astype(np.float32))
-        here = counted[rows]
-        if not np.isfinite(log_prob[rows][here]).all():
-            row = rows.start + int(np.argwhere(here & ~np.isfinite(log_prob[rows]))[0][0])
-            raise RunError(
-                f"the density of test row {row} is not finite: look at its features and targets, "
-                "or train with a lower optimizer.learning_rate"
-            )
-        parts.append(take_rows(density, here.shape, here))
-    scores = score(join_rows(parts), spread_over_cells(y, step))
+
+    def densities() -> Iterator[tuple[slice, Queries]]:
+        start = 0
+        for rows, density in model.densities(test.x, batch_size):
+            log_prob[rows] = density.log_prob(test.y[rows].astype(np.float32))
+            here = counted[rows]
+            if not np.isfinite(log_prob[rows][here]).all():
+                row = rows.start + int(np.argwhere(here & ~np.isfinite(log_prob[rows]))[0][0])
+                raise RunError(
+                    f"the density of test row {row} is not finite: look at its features and "
+                    "targets, or train with a lower optimizer.learning_rate"
+                )
+            stop = start + np.count_nonzero(here)
+            yield slice(start, stop), take_rows(density, here.shape, here)
+            start = stop
+
+    scores = score_parts(densities(), spread_over_cells(y, step))
     report = assemble(
         scores,
         test,
@@ -212,6 +222,17 @@ def mean_and_error(values: np.ndarray, weight: np.ndarray) -> tuple[float, float
     mean = np.average(values, weights=weight)
     error = np.sqrt(np.sum((weight * (values - mean)) ** 2)) / weight.sum()
     return float(mean), float(error)
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that are numbers, as JSON has no others; the log names the rest.
+
+    Such as the RMSE, where the mean of transformed targets is beyond what their dtype holds.
+    """
+    left_out = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if left_out:
+        log.warning("not finite, and left out of the metrics: %s", ", ".join(left_out))
+    return {name: value for name, value in metrics.items() if name not in left_out}
 
 
 def mean_gain(gain: np.ndarray, rows: Rows) -> dict[str, float]:

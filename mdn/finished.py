@@ -22,12 +22,13 @@ from mdn.data.checks import check_rows, check_weight
 from mdn.data.rows import Data, Rows
 from mdn.data.schema import column_of
 from mdn.errors import ConfigError, DataError, RunError
+from mdn.evaluation import finite
 from mdn.export import directory_size, export_litert, export_onnx
 from mdn.inputs import open_rows
 from mdn.model import load
 from mdn.options import FITTED, GENERATIVE
 from mdn.prediction import QUANTILES, Prediction, file_identity, predict_file
-from mdn.runs import check_run, read_config
+from mdn.runs import check_run, place_of_candidate, place_of_variant, read_config
 from mdn.tasks import get_task
 
 FORMATS = ("saved_model", "litert", "onnx")
@@ -143,7 +144,7 @@ def evaluate_run(
         trust: as for `load_run` and `data_of`.
     """
     model, config = load_run(run, trust=trust)
-    metrics = get_task(config).score(model, data_of(model, config, table, trust=trust))
+    metrics = finite(get_task(config).score(model, data_of(model, config, table, trust=trust)))
     if output is not None:
         try:
             Path(output).write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
@@ -173,8 +174,23 @@ def plot_run(
     model, config = load_run(run, trust=trust)
     folder = Path(run) / "plots" if output is None else Path(output)
     data = data_of(model, config, table, trust=trust)
-    get_task(config).judge(model, data, read_history(Path(run) / "checkpoints"), folder)
+    get_task(config).judge(model, data, _history(Path(run)), folder)
     return sorted(folder.glob("*.png"))
+
+
+def _history(run: Path) -> dict[str, list[float]]:
+    """Return the history of a run; of several models, of the one that it chose or counts most."""
+    folder = run / "checkpoints"
+    try:
+        if (recipe := run / "recipe.json").is_file():
+            shares = json.loads(recipe.read_text("utf-8"))["shares"]
+            folder /= place_of_variant(max(shares, key=shares.__getitem__))
+        elif (metrics := run / "metrics.json").is_file():
+            k = json.loads(metrics.read_text("utf-8")).get("selection/k")
+            folder /= "" if k is None else place_of_candidate(int(k))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}  # as of checkpoints that are damaged
+    return read_history(folder)
 
 
 def export_run(

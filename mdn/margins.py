@@ -112,8 +112,11 @@ class Margins:
         if self.units is None:
             return self._mix(self.loc)
         nodes, weights = np.polynomial.hermite_e.hermegauss(64)
+        weights /= weights.sum()
+        # Nodes that no number of the dtype can weigh are left out: maps may be infinite there.
+        kept = weights > np.finfo(self.units.dtype).tiny
         total = np.zeros(self.loc.shape)
-        for node, weight in zip(nodes, weights / weights.sum(), strict=True):
+        for node, weight in zip(nodes[kept], weights[kept], strict=True):
             total += weight * self.units.forward(self.loc + node * self.scale)
         return self._mix(total)
 

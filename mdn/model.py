@@ -322,7 +322,8 @@ class MDN(AnsweringModel):
         sample_weight: Any,
         nll: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        count = tf.maximum(tf.reduce_sum(tf.cast(counted, score.dtype)), 1.0)
+        rows = tf.reduce_sum(tf.cast(counted, score.dtype))
+        count = tf.maximum(rows, 1.0)
         if sample_weight is not None:
             sample_weight = tf.cast(sample_weight, score.dtype)
             if sample_weight.shape.rank < score.shape.rank:
@@ -337,8 +338,8 @@ class MDN(AnsweringModel):
         penalty = tf.add_n(
             [tf.cast(term, total.dtype) for term in self.losses] or [tf.zeros_like(total)]
         )
-        self._trackers.nll.update_state(nll_total / count, sample_weight=count)
-        self._trackers.loss.update_state(total / count + penalty, sample_weight=count)
+        self._trackers.nll.update_state(nll_total / count, sample_weight=rows)
+        self._trackers.loss.update_state(total / count + penalty, sample_weight=rows)
         return total / self._per_replica(count) + penalty
 
     def _counted(self, x: Any, y: tf.Tensor) -> tf.Tensor:

@@ -47,7 +47,7 @@ class RecalibrationFit:
         return f"recalibrated ({'; '.join(f'{k} {v}' for k, v in numbers.items())}): {worth}"
 
     def metrics(self, targets: Sequence[str]) -> dict[str, float]:
-        """Return flat keys: gain, gain_se, taken (0 or 1), and of a map that is taken its numbers."""
+        """Return flat keys: gain, gain_se, taken (0 or 1), and the numbers of a map that is."""
         found = {"gain": self.gain, "gain_se": self.gain_se, "taken": float(self.map is not None)}
         if self.map is not None:
             for name, scale, shift in zip(targets, self.map.scale, self.map.shift, strict=True):

@@ -147,6 +147,16 @@ class _LogFile(logging.FileHandler):
         """Lose the line: where the disk is full, what matters more will say so."""
 
 
+def place_of_variant(name: str) -> str:
+    """Return the folder of a variant of a recipe, in `checkpoints` and `tensorboard`."""
+    return name.replace(" ", "-")
+
+
+def place_of_candidate(k: int) -> str:
+    """Return the folder of a candidate with k components, in `checkpoints` and `tensorboard`."""
+    return f"k={k}"
+
+
 def check_run(run: str | os.PathLike[str], needs: Sequence[str] = ()) -> Path:
     """Return the directory of a run.
 

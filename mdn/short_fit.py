@@ -74,7 +74,7 @@ def fit_folds(
     looks: Batches | None = None
     callbacks: list[EarlyStopping] = []
     if held_out.size:
-        looks = _held_out_batches(arrays, held_out, stacked)
+        looks = _held_out_batches(arrays, held_out, stacked, chunk)
         callbacks = [(MemberStopping if stacked else EarlyStopping)("val_nll", patience=patience)]
     warmup = max(1, chunk * chunks // 50)
     schedule = {
@@ -97,7 +97,7 @@ def fit_folds(
 
 
 def _held_out_batches(
-    arrays: tuple[np.ndarray, ...], held_out: np.ndarray, stacked: bool
+    arrays: tuple[np.ndarray, ...], held_out: np.ndarray, stacked: bool, chunk: int
 ) -> Batches:
     """Return the held-out rows, filled up to one of a few sizes by rows without a target."""
     size = held_out.shape[1]
@@ -106,6 +106,7 @@ def _held_out_batches(
     filler[1] = np.full_like(filler[1], np.nan)
     arrays = tuple(np.concatenate(pair) for pair in zip(arrays, filler, strict=True))
     rows = np.pad(held_out, [[0, 0], [0, missing]], constant_values=len(arrays[0]) - 1)
+    how: dict[str, Any] = {"chunk": chunk, "complete": True}
     if stacked:
-        return evaluation_batches(arrays, LOOK_ROWS, complete=True, members=rows)
-    return evaluation_batches(tuple(a[rows[0]] for a in arrays), LOOK_ROWS, complete=True)
+        return evaluation_batches(arrays, LOOK_ROWS, **how, members=rows)
+    return evaluation_batches(tuple(a[rows[0]] for a in arrays), LOOK_ROWS, **how)

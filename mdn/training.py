@@ -29,13 +29,13 @@ from mdn.config import make
 from mdn.data.checks import check_batch_size
 from mdn.data.rows import Data
 from mdn.errors import DataError, RunError
-from mdn.evaluation import print_table
+from mdn.evaluation import finite, print_table
 from mdn.export import directory_size
 from mdn.options import AUTO, GENERATIVE
 from mdn.plots import write_figures
 from mdn.preparation import compile_model, make_batches, member_folds
 from mdn.recipes import variants, weigh
-from mdn.runs import RunDirectory, provenance
+from mdn.runs import RunDirectory, place_of_candidate, place_of_variant, provenance
 from mdn.selection import choose, held_out_nll, held_out_weight
 from mdn.stacking import stack
 from mdn.strategy import is_chief
@@ -267,8 +267,8 @@ def fit_variants(
     for name, candidate in variants(config).items():
         candidate = settle(candidate, data)
         log.info("recipe: variant %r", name)
-        place = name.replace(" ", "-")
         try:
+            place = place_of_variant(name)
             fitted[name] = _fit_one(candidate, data, directory, prepare, place)
         except DivergedError as error:
             log.warning("recipe: variant %r is left out: %s", name, error)
@@ -306,7 +306,8 @@ def fit_candidates(
 
     def score(k: int) -> tuple[np.ndarray, np.ndarray]:
         try:
-            fitted[k] = _fit_one(_candidate(config, k), data, directory, prepare, f"k={k}")
+            place = place_of_candidate(k)
+            fitted[k] = _fit_one(_candidate(config, k), data, directory, prepare, place)
         except DivergedError as error:
             log.warning("k=%d is left out: %s", k, error)
             weight = held_out_weight(data, held_out)
@@ -366,6 +367,7 @@ def finish(
     metrics["export/bytes"] = directory_size(directory / "saved_model")
     if config.get("comparison") is not None:
         metrics |= make(config, "comparison")(config)
+    metrics = finite(metrics)
     directory.write_json("provenance.json", provenance(config, data.fingerprint()))
     directory.write_json("metrics.json", metrics)
     print_table(metrics)

@@ -1,5 +1,6 @@
 """The command `mdn`, as a user types it."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,12 +18,14 @@ import pytest
 from click.testing import CliRunner
 from forks import ROOT, Fork
 
+from mdn.callbacks.checkpoint import Progress
 from mdn.cli.main import command, main
 from mdn.cli.progress import progress_bar
 from mdn.config import compose_config
 from mdn.errors import ConfigError, MDNError, RunError
 from mdn.export import directory_size
 from mdn.finished import (
+    _history,
     data_of,
     describe_artefact,
     evaluate_run,
@@ -217,6 +220,23 @@ def test_pictures_are_drawn_anew(run, tmp_path):
     assert {path.name for path in paths} == {path.name for path in (run / "plots").iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "place"),
+    [
+        ("recipe.json", {"shares": {"as given": 0.3, "light decay": 0.7}}, "light-decay"),
+        ("metrics.json", {"selection/k": 3}, "k=3"),
+        ("metrics.json", {"test/nll": 1.0}, ""),
+    ],
+)
+def test_history_is_that_of_the_model_that_counts_most(tmp_path, file, content, place):
+    (tmp_path / file).write_text(json.dumps(content))
+    folder = tmp_path / "checkpoints" / place
+    folder.mkdir(parents=True)
+    progress = Progress(history={"nll": [1.0, 0.5]})
+    np.savez(folder / "epoch-00002.npz", progress=json.dumps(dataclasses.asdict(progress)))
+    assert _history(tmp_path) == {"nll": [1.0, 0.5]}
+
+
 def test_export_does_not_overwrite_unless_asked(run, tmp_path):
     with pytest.raises(RunError, match="saved_model exists: give another --output"):
         export_run(run)
@@ -287,7 +307,9 @@ def test_runs_are_listed_best_first_by_their_rows(tmp_path, capsys, monkeypatch)
     print_runs(find_runs(tmp_path), "test/crps_skill")
     out = capsys.readouterr().out
     assert out.index("k=5") < out.index("k=3")
-    with pytest.raises(RunError, match="no run has the metric 'nope': choose one of test/elbo"):
+    with pytest.raises(
+        RunError, match="no run has the metric 'nope': choose one of test/crps_skill"
+    ):
         print_runs(find_runs(tmp_path), "nope")
 
 

@@ -8,6 +8,8 @@ import tensorflow as tf
 import tf_keras
 
 import mdn
+from mdn.data.pipeline import evaluation_batches, training_batches
+from mdn.errors import ConfigError
 from mdn.updates import FusedAdam
 
 ROWS, BATCH = 50, 8  # six batches and two rows
@@ -222,6 +224,53 @@ def test_stream_of_unknown_length_trains_in_keras_own_loop(caplog):
     assert [r.getMessage() for r in caplog.records] == [
         "training in Keras's own loop: the dataset does not know its length: give steps_per_epoch"
     ]
+
+
+@pytest.mark.parametrize(("n", "chunk"), [(20, None), (ROWS, 4)])
+def test_validation_batches_of_unknown_length_are_all_judged_in_every_epoch(n, chunk):
+    x, y = (a.astype(np.float32) for a in rows())
+    batches = tf.data.Dataset.from_tensor_slices((x[:n], y[:n])).batch(BATCH)
+    model = make(tf_keras.optimizers.SGD(0.0), steps_per_execution=chunk)
+    history = train(model, x, y, validation_data=batches.filter(lambda *_: True), epochs=3)
+    expected = model.evaluate(x[:n], y[:n], verbose=0, return_dict=True)["nll"]
+    np.testing.assert_allclose(history["val_nll"], [expected] * 3, rtol=1e-5)
+
+
+def test_chunks_of_another_size_are_refused():
+    arrays = tuple(a.astype(np.float32) for a in rows())
+    train_batches = training_batches(arrays, BATCH, seed=0, chunk=4)
+    held_out = evaluation_batches(arrays, BATCH, chunk=3)
+    with pytest.raises(ConfigError, match=r"chunks of 3 batches, .* 4: make it with chunk=4"):
+        train(make(), train_batches, validation_data=held_out)
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_counts_train_wherever_rows_do(jit_compile):
+    x, y = rows()
+    x, y = x.astype(np.float32), np.round(y).astype(np.int64)
+    expected = train(make(jit_compile=jit_compile), x, y, batch_size=BATCH, shuffle=False)
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+    model = make(jit_compile=jit_compile)
+    history = train(model, batches.filter(lambda *_: True))
+    np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-5)
+    assert np.isfinite(model.train_on_batch(x, y, return_dict=True)["loss"])
+    one, two = model.evaluate(iter([(x, y)]), verbose=0), model.evaluate(x, y, verbose=0)
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
+class Interrupted(tf_keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        raise KeyboardInterrupt
+
+
+def test_fit_after_an_interrupted_one_validates_on_its_own_rows():
+    x, y = rows()
+    model = make(tf_keras.optimizers.SGD(0.0), jit_compile=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, x, y, validation_data=(x, y), callbacks=[Interrupted()])
+    history = train(model, x, y, validation_data=(x, y + 3.0), epochs=1)
+    expected = model.evaluate(x, y + 3.0, verbose=0, return_dict=True)["nll"]
+    assert history["val_nll"] == [pytest.approx(expected, rel=1e-5)]
 
 
 def test_single_batches_still_train():

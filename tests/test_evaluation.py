@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from scipy import stats
+from tensorflow_probability import bijectors as tfb
 
 import mdn
 from mdn.data.rows import Data, Rows
 from mdn.data.simulators import LinearGaussian
+from mdn.density.transformed import Transformed
 from mdn.errors import RunError
-from mdn.evaluation import Gaussian, evaluate, find_counted, print_table
+from mdn.evaluation import Gaussian, evaluate, find_counted, finite, print_table
 from mdn.margins import Margins
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -231,6 +233,18 @@ def test_margins_against_scipy(mixture):
     weight = tf.nn.softmax(mixture.logits).numpy()[..., None]
     np.testing.assert_allclose(margins.cdf(y), (weight * cdf).sum(1), rtol=1e-5)
     np.testing.assert_allclose(margins.mean(), mixture.mean(), rtol=1e-5)
+
+
+def test_mean_of_a_heavy_tail_does_not_overflow_at_nodes_that_weigh_nothing():
+    normal = mdn.MultivariateNormalDiag(np.zeros([1], "f"), np.full([1], 6.5, "f"))
+    found = Margins.of(Transformed(normal, tfb.Exp())).mean()
+    np.testing.assert_allclose(found, [math.exp(6.5**2 / 2)], rtol=1e-4)
+
+
+def test_metrics_that_json_cannot_hold_are_named(caplog):
+    metrics = {"test/nll": 1.5, "test/rmse": math.inf, "test/crps": math.nan}
+    assert finite(metrics) == {"test/nll": 1.5}
+    assert "left out of the metrics: test/rmse, test/crps" in caplog.text
 
 
 @pytest.mark.parametrize("probability", [1e-6, 0.05, 0.5, 0.999])

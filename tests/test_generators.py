@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -70,6 +71,44 @@ def test_columns_of_a_generator_are_encoded(caplog):
     history = model.fit(source(), steps_per_epoch=6, epochs=8, verbose=0).history
     assert history["nll"][-1] < history["nll"][0]
     assert "Keras's own loop" not in caplog.text
+
+
+def test_columns_of_a_generator_are_encoded_also_where_they_are_judged():
+    x, y = rows()
+    columns = {"a": x[:, 0], "b": np.where(x[:, 1] > 0, "up", "down").astype(object)}
+    model = make(columns, y)
+
+    def source():
+        for start in itertools.cycle(range(0, N, B)):
+            at = slice(start, start + B)
+            yield {name: values[at] for name, values in columns.items()}, y[at]
+
+    history = model.fit(
+        *(columns, y), verbose=0, validation_data=source(), validation_steps=N // B
+    ).history
+    expected = model.evaluate(columns, y, verbose=0, return_dict=True)
+    assert history["val_nll"] == [pytest.approx(expected["nll"], rel=1e-5)]
+    found = model.evaluate(source(), steps=N // B, verbose=0, return_dict=True)
+    assert found == pytest.approx(expected, rel=1e-5)
+    model.fit(itertools.islice(source(), 3), verbose=0)  # of unknown length
+
+
+def test_a_generator_goes_on_after_a_fit_that_stopped_early():
+    x, y = rows()
+
+    def slow():
+        for element in batches(x, y):
+            time.sleep(0.02)
+            yield element
+
+    class Stop(tf_keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = True
+
+    model, source = make(x, y), slow()
+    for _ in range(3):
+        model.fit(source, steps_per_epoch=8, epochs=9, callbacks=[Stop()], verbose=0)
+    assert len(next(source)) == 2
 
 
 @pytest.mark.parametrize("chunk", [None, 4])

@@ -20,7 +20,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mdn
 from mdn import MDNRegressor
+from mdn.data.rows import Rows
 from mdn.selection import choose
+from mdn.short_fit import fit_folds
 
 # One worker for all: the models of one shape share a compiled loop.
 pytestmark = pytest.mark.xdist_group("regressor")
@@ -42,6 +44,21 @@ def test_scikit_learn_finds_an_estimator(estimator, check, monkeypatch, eager_st
     monkeypatch.setenv("SCIPY_ARRAY_API", "1")  # without which one check is skipped
     monkeypatch.setattr("mdn.shared_loop._loops", OrderedDict())
     check(estimator)
+
+
+def test_all_held_out_rows_are_judged_at_each_look(monkeypatch):
+    monkeypatch.setattr("mdn.short_fit.LOOK_ROWS", 2)  # and so more batches of them than a chunk
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=[400, 1])
+    rows = Rows(x, 2.0 * x + rng.normal(size=[400, 1]))
+    model = mdn.MDN(mdn.heads.Mixture(1, 2), mdn.backbones.MLP([4]))
+    model.adapt(rows.x, rows.y)
+    folds = np.arange(200)[np.newaxis], np.arange(200, 400)[np.newaxis]
+    options = {"learning_rate": 0.01, "batch_size": 16, "patience": 9, "seed": 0}
+    history = fit_folds(model, rows, folds, loss="nll", steps=300, **options)
+    assert len(history["val_nll"]) == 3
+    found = -model.log_prob(rows.x[200:], rows.y[200:]).mean()
+    assert min(history["val_nll"]) == pytest.approx(found, rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import mdn
 from mdn import MDN, backbones, heads
 from mdn.density import GaussianMixture
 from mdn.density.given import condition_on_observed
-from mdn.export import directory_size, export_saved_model
+from mdn.export import directory_size, export_saved_model, saved_model
 from mdn.export.signatures import meaning
 
 # On one worker, which makes the fixtures once.
@@ -243,7 +243,12 @@ def test_size_is_that_of_the_files(tmp_path):
 
 
 def export_forever():
-    """Write a small model to the path that the command line says, again and again."""
+    """Write a small model to the path that the command line says, again and again.
+
+    With "held" behind it, the first one never gets its name.
+    """
+    if "held" in sys.argv:
+        saved_model._move = lambda *_: signal.pause()
     model = MDN(heads.Diag(1), backbones.MLP([4]))
     x = np.random.default_rng(0).normal(size=[50, 1])
     model.adapt(x, x + 1.0)
@@ -257,7 +262,8 @@ def test_killed_export_leaves_nothing_that_looks_whole(tmp_path):
     path = tmp_path / "saved_model"
     whole = 0
     for wait in (None, 0.3, 0.9):
-        process = Fork(export_forever, ["export", path], log=tmp_path / "log")
+        held = ["held"] if wait is None else []
+        process = Fork(export_forever, ["export", path, *held], log=tmp_path / f"log {wait}")
         if wait is None:  # while the first one is written
             while not list(tmp_path.glob(".saved_model.partial/*")) and process.poll() is None:
                 time.sleep(0.002)

@@ -10,12 +10,13 @@ Shape letters: N rows, D event size, K components, S draws.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mdn.data.splits import thin
-from mdn.margins import Margins, take_rows
+from mdn.margins import Margins, join_rows, take_rows
 
 if TYPE_CHECKING:
     from mdn.density.queries import Queries
@@ -56,12 +57,38 @@ def score(density: Queries, y: np.ndarray, *, draws: int = DRAWS, seed: int = 0)
         draws: S, of the highest-density regions.
         seed: of the draws.
     """
-    n = len(y)
-    shape = (n, y.shape[1])
-    pit, crps, width50, width90, mean = (np.full(shape, np.nan) for _ in range(5))
-    region = np.full(n, np.nan)
-    components, d = _components(density), shape[1]
-    for rows in _blocks(n, 4 * d * components * max(d, 4)):
+    return score_parts([(slice(0, len(y)), density)], y, draws=draws, seed=seed)
+
+
+def score_parts(
+    parts: Iterable[tuple[slice, Queries]], y: np.ndarray, *, draws: int = DRAWS, seed: int = 0
+) -> Scores:
+    """Return what a density says of rows, as it says it: a few rows of it at a time.
+
+    Args:
+        parts: rows [n], one after the other, and their density, batch [n], or [] for all.
+        y: as for `score`.
+        draws: as for `score`.
+        seed: as for `score`.
+    """
+    drawn, kept, found = thin(len(y), _MOST_DRAWN), [], []
+    for rows, density in parts:
+        found.append(_score_margins(density, y[rows]))
+        here = drawn[(drawn >= rows.start) & (drawn < rows.stop)] - rows.start
+        kept.append(take_rows(density, (rows.stop - rows.start,), here))
+    pit, crps, width50, width90, mean = (np.concatenate(p) for p in zip(*found, strict=True))
+    region = np.full(len(y), np.nan)
+    region[drawn], sampled = _compare_with_draws(join_rows(kept), y[drawn], draws, seed)
+    if np.isnan(crps).all():  # of transformed targets there is no closed form
+        crps[drawn] = sampled
+    return Scores(pit, region, crps, width50, width90, mean)
+
+
+def _score_margins(density: Queries, y: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return the PIT, CRPS, both widths and the mean of each target, [n, D]; NaN where y is."""
+    n, d = y.shape
+    pit, crps, width50, width90, mean = (np.full(y.shape, np.nan) for _ in range(5))
+    for rows in _blocks(n, 4 * d * _components(density) * max(d, 4)):
         margins = Margins.of(take_rows(density, (n,), rows))
         pit[rows] = margins.cdf(y[rows])
         mean[rows] = margins.mean()
@@ -69,13 +96,9 @@ def score(density: Queries, y: np.ndarray, *, draws: int = DRAWS, seed: int = 0)
         width50[rows], width90[rows] = upper - lower, high - low
     if Margins.of(take_rows(density, (n,), slice(1))).units is None:
         crps = mixture_crps(density, y)
-    drawn = thin(n, _MOST_DRAWN)
-    region[drawn], sampled = _compare_with_draws(density, y, drawn, draws, seed)
-    if np.isnan(crps).all():  # of transformed targets there is no closed form
-        crps[drawn] = sampled
     for array in (width50, width90, mean):
         array[np.isnan(y)] = np.nan
-    return Scores(pit, region, crps, width50, width90, mean)
+    return pit, crps, width50, width90, mean
 
 
 def region_levels(
@@ -96,20 +119,20 @@ def region_levels(
     Returns:
         [N].
     """
-    return _compare_with_draws(density, y, np.arange(len(y)), draws, seed)[0]
+    return _compare_with_draws(density, y, draws, seed)[0]
 
 
 def _compare_with_draws(
-    density: Queries, y: np.ndarray, rows: np.ndarray, draws: int, seed: int
+    density: Queries, y: np.ndarray, draws: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the region levels [n] of some rows, and unbiased estimates of their CRPS [n, D]."""
+    """Return the region levels [N] of rows, and unbiased estimates of their CRPS, [N, D]."""
     import tensorflow as tf
 
     rng = np.random.default_rng([seed, 0x686472])
-    level, crps = np.empty(len(rows)), np.empty((len(rows), y.shape[1]))
+    level, crps = np.empty(len(y)), np.empty(y.shape)
     rank = np.arange(1, draws + 1).reshape(-1, 1, 1)
-    for block in _blocks(len(rows), draws * _components(density) * y.shape[1]):
-        part, given = take_rows(density, (len(y),), rows[block]), y[rows[block]]
+    for block in _blocks(len(y), draws * _components(density) * y.shape[1]):
+        part, given = take_rows(density, (len(y),), block), y[block]
         sample = part.sample(draws, seed=tf.constant(rng.integers(2**31, size=2), tf.int32))
         sample = np.where(np.isnan(given), np.nan, sample.numpy())  # [S, n, D]
         of_draws = part.log_prob(sample).numpy()  # [S, n]

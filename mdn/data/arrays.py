@@ -33,7 +33,8 @@ class Npz:
             train rows.
         missing: "error", or "indicator": missing features are allowed.
         fold: i takes the test rows from the array `test_` and two digits of i, and the others
-            from `train_` and those, of which a random fraction validates; the split options then have no say.
+            from `train_` and those, of which a random fraction validates; the split options then
+            have no say.
         split: how to split the rows, see `mdn.data.splits.split_indices`.
         split_column: name of the array [N] to split by; none for a random split.
         validation: fraction of the rows; with a fold, of its train rows.

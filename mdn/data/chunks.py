@@ -40,7 +40,8 @@ class Batches:
     has rows without targets.
 
     Attributes:
-        generate: starts the stream: chunks of arrays or tensors.
+        generate: starts the stream: chunks of arrays or tensors; or None, where what is read ahead
+            may end although no chunk is whole yet.
         spec: of the tensors of a chunk.
         steps: batches an epoch.
         complete: no row lacks some of its targets: each has all, or none.
@@ -49,7 +50,7 @@ class Batches:
         failures: what ended chunks that Python makes; TensorFlow buries it in an error of its own.
     """
 
-    generate: Callable[[], Iterator[Chunk]]
+    generate: Callable[[], Iterator[Chunk | None]]
     spec: tuple[tf.TensorSpec, ...]
     steps: int
     complete: bool = False
@@ -58,7 +59,9 @@ class Batches:
     failures: list[Exception] = dataclasses.field(default_factory=list)
 
     def __iter__(self) -> Iterator[Chunk]:
-        return _read_ahead(self.generate(), self.ahead) if self.ahead else self.generate()
+        if self.ahead:
+            return _read_ahead(self.generate(), self.ahead)
+        return (chunk for chunk in self.generate() if chunk is not None)
 
     @property
     def chunk(self) -> int:
@@ -121,7 +124,7 @@ def shard_by_row(batches: tf.data.Dataset) -> tf.data.Dataset:
     return batches.with_options(options)
 
 
-def _read_ahead(chunks: Iterator[Chunk], count: int) -> Iterator[Chunk]:
+def _read_ahead(chunks: Iterator[Chunk | None], count: int) -> Iterator[Chunk]:
     """Yield chunks that a thread reads and makes tensors of, so many ahead."""
     ahead = _Ahead(chunks, count)
     # The thread alone holds it, and lets go of it as it ends. An iterator of `tf.data` that lived
@@ -130,13 +133,13 @@ def _read_ahead(chunks: Iterator[Chunk], count: int) -> Iterator[Chunk]:
     try:
         yield from ahead.elements()
     finally:
-        ahead.stop()
+        ahead.close()  # a generator of the user's can then go on elsewhere
 
 
 class _Ahead:
     """Reads chunks in a thread, some elements ahead."""
 
-    def __init__(self, chunks: Iterator[Chunk], count: int) -> None:
+    def __init__(self, chunks: Iterator[Chunk | None], count: int) -> None:
         self._queue: queue.Queue = queue.Queue(count)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, args=(chunks,), daemon=True)
@@ -165,12 +168,18 @@ class _Ahead:
     def close(self) -> None:
         """Stop the thread and wait for it, as a library may end under its hands."""
         self.stop()
-        self._thread.join(timeout=10)
+        if self._thread is not threading.current_thread():  # whose garbage collector calls this
+            self._thread.join(timeout=10)
 
-    def _read(self, chunks: Iterator[Chunk]) -> None:
+    def _read(self, chunks: Iterator[Chunk | None]) -> None:
         try:
             with tf.device("CPU:0"):  # whose memory holds what is read ahead
-                for arrays, steps in chunks:
+                for chunk in chunks:
+                    if chunk is None:
+                        if self._stop.is_set():
+                            return
+                        continue
+                    arrays, steps = chunk
                     tensors = tuple(map(tf.convert_to_tensor, arrays))
                     if not self._put(("element", (tensors, tf.convert_to_tensor(steps)))):
                         return

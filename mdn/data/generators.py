@@ -58,11 +58,14 @@ def stack_generator(
                 )
             yield found
 
-    def generate() -> Iterator[Chunk]:
+    def generate() -> Iterator[Chunk | None]:
         source = read()
         for _ in range(epochs):
             for start in range(0, steps, size):
-                taken = list(itertools.islice(source, min(size, steps - start)))
+                taken = []
+                for found in itertools.islice(source, min(size, steps - start)):
+                    taken.append(found)
+                    yield None
                 if not taken:
                     return
                 filled = [fill_chunk(t, [(1, *shape) for shape in batch]) for t in taken]
