@@ -111,7 +111,8 @@ def evaluate(model: MDN, data: Data, batch_size: int | None = None) -> Evaluatio
             test/rmse/<target>, and test/rmse of a single target: of the mean, in its units.
             test/coverage50 and others: see `mdn.calibration.Report.metrics`.
             test/regret, test/regret_se: paired mean of log p_true - log q, nats per row.
-            baseline/nll, baseline/nll_complete: of one Gaussian fitted to the train targets.
+            baseline/nll, baseline/nll_complete: of one Gaussian fitted to the train targets, if
+                they vary.
             data/entropy: of the truth, nats per row.
 
     Raises:
@@ -150,16 +151,21 @@ def evaluate(model: MDN, data: Data, batch_size: int | None = None) -> Evaluatio
         reference_weight=train_weight,
     )
     log_prob, error = log_prob[counted], y - scores.mean
-    baseline = Gaussian.fit(known, train_weight).log_prob(y)  # [n]
+    varies = all(len(np.unique(column[~np.isnan(column)])) > 1 for column in known.T)
+    baseline = Gaussian.fit(known, train_weight).log_prob(y) if varies else None  # [n]
 
     metrics = {"test/n": float(len(y))}
     metrics["test/nll"], metrics["test/nll_se"] = mean_and_error(-log_prob, weight)
-    metrics["baseline/nll"], _ = mean_and_error(-baseline, weight)
+    if baseline is not None:
+        metrics["baseline/nll"], _ = mean_and_error(-baseline, weight)
     complete = ~np.isnan(y).any(axis=1)
     if complete.any() and not complete.all():
         metrics["test/n_complete"] = float(complete.sum())
         metrics["test/nll_complete"], _ = mean_and_error(-log_prob[complete], weight[complete])
-        metrics["baseline/nll_complete"], _ = mean_and_error(-baseline[complete], weight[complete])
+        if baseline is not None:
+            metrics["baseline/nll_complete"], _ = mean_and_error(
+                -baseline[complete], weight[complete]
+            )
     for name, column in zip(data.targets, error.T, strict=True):
         if not np.isnan(column).all():
             metrics[f"test/rmse/{name}"] = math.sqrt(mean_and_error(column**2, weight)[0])

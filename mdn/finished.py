@@ -101,7 +101,7 @@ def data_of(
         check_weight(weight, f"weight column {name!r}")
         weight = weight / weight.mean()
     names = model.column_names
-    check_rows(x, y, model.missing, features=names.features, targets=names.targets)
+    check_rows(x, y, model.missing, features=names.features, targets=names.targets, fitted=False)
     rows = Rows(x, y, weight)
     return Data(rows, rows, rows, names.features, names.targets, missing=model.missing)
 

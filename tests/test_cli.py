@@ -205,6 +205,22 @@ def test_evaluation_on_a_table(run, tmp_path):
         evaluate_run(run, str(tmp_path / "unknown.csv"))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_rows_that_do_not_vary_are_judged_all_the_same(run, tmp_path, n):
+    frame = rows(n, seed=1)
+    frame["price"] = 2.5
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    metrics = evaluate_run(run, str(tmp_path / "new.csv"), tmp_path / "metrics.json")
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    model, config = load_run(run)
+    data = data_of(model, config, str(tmp_path / "new.csv")).test
+    expected = -model.log_prob(data.x, data.y).mean()
+    assert metrics["test/nll"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["test/n"] == n
+    assert not {"baseline/nll", "test/crps_skill/price"} & set(metrics)
+    assert plot_run(run, str(tmp_path / "new.csv"), tmp_path / "pictures")
+
+
 def test_weights_of_a_table_weigh(run, tmp_path):
     frame = rows(60, seed=1)
     frame["w"] = np.arange(60.0)

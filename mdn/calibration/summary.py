@@ -130,6 +130,7 @@ class Report:
             observed = ~np.isnan(self.scores.crps[:, d])
             crps = self._mean(self.scores.crps[:, d])
             reference = self._mean(np.where(observed, self.reference_crps[:, d], np.nan))
+            varies = reference > 1e-9 * crps  # of a constant it is zero, but for rounding
             values = {
                 **dataclasses.asdict(test),
                 "verdict": test.describe(),
@@ -137,7 +138,7 @@ class Report:
                 "coverage90": float(self.coverage(0.9, d)),
                 "calibration_error": self.calibration_error(d),
                 "crps": crps,
-                "crps_skill": 1.0 - crps / reference if reference > 0.0 else float("nan"),
+                "crps_skill": 1.0 - crps / reference if varies else float("nan"),
                 "width50": self._mean(self.scores.width50[:, d]),
                 "width90": self._mean(self.scores.width90[:, d]),
                 "step": float(self.step[d]),

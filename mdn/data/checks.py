@@ -31,8 +31,9 @@ def check_rows(
     features: Sequence[str] | None = None,
     targets: Sequence[str] | None = None,
     row: RowName = "row {}".format,
+    fitted: bool = True,
 ) -> None:
-    """Check that a density p(y | x) can be fitted to these rows.
+    """Check that a density p(y | x) can be fitted to these rows, or judged by them.
 
     Args:
         x: [N, F] or [N, T, F], or a mapping from column name to [N].
@@ -41,13 +42,14 @@ def check_rows(
         features: names of the F features for the messages; a mapping has its own.
         targets: names of the D targets for the messages.
         row: what the messages call the row at a position.
+        fitted: no column may then be constant, or missing in every row; else one target is enough.
 
     Raises:
         DataError: a check of `check_features` or `check_targets` fails, or x and y do not align.
     """
     y = np.asarray(y)
-    check_targets(y, targets, row)
-    check_features(x, missing, features, row)
+    check_targets(y, targets, row, fitted)
+    check_features(x, missing, features, row, fitted)
     lengths = {k: len(v) for k, v in x.items()} if isinstance(x, dict) else {"x": len(x)}
     for name, length in lengths.items():
         if length != len(y):
@@ -62,13 +64,16 @@ def check_rows(
 
 
 def check_targets(
-    y: np.ndarray, names: Sequence[str] | None = None, row: RowName = "row {}".format
+    y: np.ndarray,
+    names: Sequence[str] | None = None,
+    row: RowName = "row {}".format,
+    fitted: bool = True,
 ) -> None:
     """Check that y is [N, D] or [N, T, D], finite or NaN, and that each target varies.
 
     Raises:
-        DataError: y has another shape or no rows, is not numeric, holds an infinite entry, or has
-            a target that is constant or wholly missing.
+        DataError: y has another shape or no rows, is not numeric, holds an infinite entry, or
+            nothing else; or, to be fitted, has a target that is constant or wholly missing.
     """
     y = np.asarray(y)
     if y.ndim == 1:
@@ -82,6 +87,8 @@ def check_targets(
         label = f"target {names[i]!r}" if names else f"target {i}"
         column = y[..., i]
         _check_finite(column, label, row)
+        if not fitted:
+            continue
         present = column[~np.isnan(column)]
         if not present.size:
             raise DataError(f"{label} is missing in every row: leave it out of the targets")
@@ -92,6 +99,8 @@ def check_targets(
                 f"{label} is constant ({low:.9g}) in float32, so that it has no density: "
                 "leave it out of the targets, or subtract its offset"
             )
+    if np.isnan(y).all():
+        raise DataError("no row has a target: give some that have one")
 
 
 def check_features(
@@ -99,6 +108,7 @@ def check_features(
     missing: str = "error",
     names: Sequence[str] | None = None,
     row: RowName = "row {}".format,
+    fitted: bool = True,
 ) -> None:
     """Check that features are finite, and missing only where `missing` allows it.
 
@@ -106,13 +116,13 @@ def check_features(
 
     Raises:
         DataError: x has another shape or type, an infinite entry, a missing entry that `missing`
-            does not allow, or a feature (or sequence) that is wholly missing.
+            does not allow, or a sequence that is wholly missing; or, to be fitted, a feature.
     """
     if missing not in MISSING:
         raise DataError(f"data.missing={missing} is not one of {', '.join(MISSING)}")
     if isinstance(x, dict):
         for name, values in x.items():
-            _check_feature(np.asarray(values), f"feature {name!r}", missing, row)
+            _check_feature(np.asarray(values), f"feature {name!r}", missing, row, fitted=fitted)
         return
     x = np.asarray(x)
     if x.ndim not in (2, 3):
@@ -125,10 +135,10 @@ def check_features(
             raise DataError(f"{row(int(empty.argmax()))} of x is padding alone: drop it")
     for i in range(x.shape[-1]):
         label = f"feature {names[i]!r}" if names else f"feature {i}"
-        _check_feature(x[..., i], label, missing, row, padding)
+        _check_feature(x[..., i], label, missing, row, padding, fitted)
         present = x[..., i][~np.isnan(x[..., i])]
         # A mapping of columns is centred in float64 and has no such limit.
-        if present.size:
+        if present.size and fitted:
             _check_resolution(present, label)
 
 
@@ -213,6 +223,7 @@ def _check_feature(
     missing: str,
     row: RowName,
     padding: np.ndarray | bool = False,
+    fitted: bool = True,
 ) -> None:
     """Check one feature: [N] of a mapping, or [N] or [N, T] of a matrix."""
     if column.dtype.kind == "O":
@@ -225,7 +236,7 @@ def _check_feature(
     absent = find_missing(column) & ~np.asarray(padding)
     if not absent.any():
         return
-    if np.all(absent | padding):
+    if fitted and np.all(absent | padding):
         raise DataError(f"{label} is missing in every row: leave it out of the features")
     if missing == "error":
         raise DataError(
