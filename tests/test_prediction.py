@@ -110,6 +110,28 @@ def test_answers_are_the_models_whatever_the_order_of_the_columns(kind, model, t
     assert {path.name for path in tmp_path.iterdir()} == {f"new.{kind}", "out.parquet"}
 
 
+def test_keys_of_csv_stay_as_they_are(model, tmp_path):
+    frame = table(1)
+    rest = N - 2
+    keys = {
+        "zip": ["00501", "99950", *["10001"] * rest],
+        "id": ["1234567890123456789", "", *["7"] * rest],
+        "long": ["12345678901234567890", "1", *["2"] * rest],
+        "weight": ["0.25", "-1e-3", *["3"] * rest],
+        "place": ["a", "", *["b"] * rest],
+        "empty": [""] * N,
+    }
+    frame.assign(**keys).to_csv(tmp_path / "new.csv", index=False)
+    predict(model, tmp_path / "new.csv", tmp_path / "out.parquet", keep=[*keys, "zip"])
+    found = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert found["zip"].to_pylist()[:3] == ["00501", "99950", "10001"]
+    assert found["id"].to_pylist()[:3] == [1234567890123456789, None, 7]
+    assert found["long"].to_pylist()[:3] == ["12345678901234567890", "1", "2"]
+    assert found["weight"].to_pylist()[:3] == [0.25, -0.001, 3.0]
+    assert found["place"].to_pylist()[:3] == ["a", None, "b"]
+    assert found["empty"].to_pylist() == [None] * N
+
+
 def test_without_targets_there_is_no_log_prob(model, tmp_path):
     table(1).drop(columns=["price", "rent"]).to_csv(tmp_path / "new.csv", index=False)
     found, prediction = predict(

@@ -27,6 +27,7 @@ from mdn.errors import DataError
 BLOCK_ROWS = 65_536
 NPZ = SUFFIXES["mdn.data.arrays.Npz"]
 _READ_AHEAD = 2**18
+_PLAIN_NUMBER = r"-?(?!0\d)(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 
 Pieces = Iterator[tuple[pd.DataFrame, pa.Table, float]]  # frame, columns to keep, share read
 
@@ -110,7 +111,7 @@ class TableReader:
     ) -> None:
         self.schema = schema
         self.path = path
-        self.keep = list(keep)
+        self.keep = list(dict.fromkeys(keep))
         self.files, kind = find_tables(path)
         names = kind(path=path).common_names(self.files)
         needed = [*schema.features, *(schema.targets if known else ()), *self.keep]
@@ -174,6 +175,8 @@ class TableReader:
     def _read_csv(self, file: Path) -> Pieces:
         size = max(file.stat().st_size, 1)
         text = [name for name, is_text in self.schema.features.items() if is_text]
+        known = {*self.schema.features, *self.schema.targets}
+        others = [name for name in self.keep if name not in known]
         with warnings.catch_warnings(), file.open("rb") as stream:
             warnings.simplefilter("error", pd.errors.ParserWarning)  # as `Csv` has it
             chunks = attempt(
@@ -183,7 +186,7 @@ class TableReader:
                     stream,
                     chunksize=BLOCK_ROWS,
                     index_col=False,
-                    dtype=dict.fromkeys(text, str),
+                    dtype=dict.fromkeys([*text, *others], str),
                     compression="gzip" if file.suffix == ".gz" else None,
                     encoding="utf-8-sig",
                     skipinitialspace=True,
@@ -193,7 +196,8 @@ class TableReader:
             )
             # All columns are parsed: with `usecols` pandas overlooks rows of too many cells.
             while (frame := attempt(Csv.kind, file, lambda _: next(chunks, None))) is not None:
-                kept = pa.Table.from_pandas(frame[self.keep], preserve_index=False)
+                whole = {name: _restored(frame[name]) for name in others}
+                kept = pa.Table.from_pandas(frame[self.keep].assign(**whole), preserve_index=False)
                 yield frame[self._used], kept, min(stream.tell() / size, 1.0)
 
     def _read_parquet(self, file: Path) -> Pieces:
@@ -217,6 +221,23 @@ class TableReader:
 def column_of(table: pa.Table, name: str) -> np.ndarray:
     """Return a column of numbers of a table of kept columns, as [n] float64."""
     return _number(table[name].to_pandas().rename(name), f"column {name!r}", "row {}".format)
+
+
+def _restored(column: pd.Series) -> pd.Series:
+    """Return a column of text as numbers, with NA where it is empty, unless that loses any of it.
+
+    A key such as 00501, or one with more digits than a number of its kind has, stays text.
+    """
+    text = column.dropna()
+    if text.empty or not text.str.fullmatch(_PLAIN_NUMBER).all():
+        return column
+    if text.str.fullmatch(r"-?\d+").all():
+        try:
+            return column.astype("Int64")
+        except (OverflowError, ValueError):
+            return column
+    numbers = column.astype("float64")
+    return column if (numbers.abs() >= 2.0**53).any() else numbers
 
 
 def _kind_of(file: Path) -> type[Table]:
