@@ -422,15 +422,18 @@ def test_failure_midway_leaves_the_old_artefact(two_models, tmp_path, limit):
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("parent", "reason"), [("absent", "No such file or directory"), ("file", "Not a directory")]
-)
-def test_no_directory_to_write_in(two_models, tmp_path, parent, reason):
+def test_folders_above_are_made(two_models, tmp_path):
+    path = tmp_path / "models" / "houses" / "1"
+    assert mean_size(export_saved_model(two_models[0], path)) == 2
+    assert [p.name for p in path.parent.iterdir()] == ["1"]
+
+
+def test_no_directory_to_write_in(two_models, tmp_path):
     (tmp_path / "file").touch()
-    path = tmp_path / parent / "saved_model"
+    path = tmp_path / "file" / "saved_model"
     with pytest.raises(RunError) as error:
         export_saved_model(two_models[0], path)
-    assert str(error.value) == f"cannot write {path}: {reason}"
+    assert str(error.value) == f"cannot write {path}: Not a directory"
     assert files(tmp_path) == {"file": b""}
 
 
