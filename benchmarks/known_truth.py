@@ -14,7 +14,6 @@ import dataclasses
 import gc
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -239,7 +238,6 @@ def _with_error(cell: dict[str, float]) -> str:
 
 def page(results: Results, command: str) -> str:
     """Return the page of the documentation."""
-    seconds = sum(c["seconds"] for row in results.cells.values() for c in row.values())
     return f"""# Regret where the truth is known
 
 What the default recipe loses against the true density, in nats a row: the mean of log p - log q
@@ -256,7 +254,6 @@ and the entropy H of the truth, which no density can fall below.
 The same options for all tasks and all n: `{" ".join(recipe(0))}`. Seed
 {results.settings["seed"]}. Options of the recipe were compared on TwoMoons at n = 100,000; no
 other task had a part in any choice.
-{seconds / 60:.0f} minutes of processes, on {os.cpu_count()} cores ({platform.machine()}).
 """
 
 
