@@ -91,7 +91,10 @@ def _environment(threads: int) -> Iterator[None]:
         yield
     finally:
         for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _serve(work: Work, todo: Any, reports: Any) -> None:

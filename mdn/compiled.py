@@ -263,7 +263,8 @@ class CompiledModel(tf_keras.Model):
             initial_epoch: epochs that lie behind.
             steps_per_epoch: batches that make an epoch of a dataset, by default all of them; or of
                 a generator.
-            validation_steps: the same of `validation_data`.
+            validation_steps: the same of `validation_data`; a dataset that does not know its
+                length is counted first, in a pass of its own.
             validation_batch_size: rows of `validation_data` at a time.
             **kwargs: as in Keras.
 

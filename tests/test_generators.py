@@ -31,6 +31,18 @@ def batches(*arrays):
         yield tuple(a[start : start + B] for a in arrays)
 
 
+def columns_and_batches():
+    """Return columns, y, and a function that yields their batches, one epoch after another."""
+    x, y = rows()
+    columns = {"a": x[:, 0], "b": np.where(x[:, 1] > 0, "up", "down").astype(object)}
+
+    def source():
+        for a, b, targets in batches(*columns.values(), y):
+            yield {"a": a, "b": b}, targets
+
+    return columns, y, source
+
+
 def make(x, y, **options):
     tf_keras.utils.set_random_seed(0)
     model = mdn.MDN(mdn.heads.Mixture(1, 2), mdn.backbones.MLP([8]))
@@ -59,30 +71,16 @@ def test_a_generator_trains_as_its_arrays_do(caplog):
 
 
 def test_columns_of_a_generator_are_encoded(caplog):
-    x, y = rows()
-    columns = {"a": x[:, 0], "b": np.where(x[:, 1] > 0, "up", "down").astype(object)}
+    columns, y, source = columns_and_batches()
     model = make(columns, y)
-
-    def source():
-        for start in itertools.cycle(range(0, N, B)):
-            rows = slice(start, start + B)
-            yield {name: values[rows] for name, values in columns.items()}, y[rows]
-
     history = model.fit(source(), steps_per_epoch=6, epochs=8, verbose=0).history
     assert history["nll"][-1] < history["nll"][0]
     assert "Keras's own loop" not in caplog.text
 
 
 def test_columns_of_a_generator_are_encoded_also_where_they_are_judged():
-    x, y = rows()
-    columns = {"a": x[:, 0], "b": np.where(x[:, 1] > 0, "up", "down").astype(object)}
+    columns, y, source = columns_and_batches()
     model = make(columns, y)
-
-    def source():
-        for start in itertools.cycle(range(0, N, B)):
-            at = slice(start, start + B)
-            yield {name: values[at] for name, values in columns.items()}, y[at]
-
     history = model.fit(
         *(columns, y), verbose=0, validation_data=source(), validation_steps=N // B
     ).history

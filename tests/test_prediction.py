@@ -117,17 +117,17 @@ def test_keys_of_csv_stay_as_they_are(model, tmp_path):
         "zip": ["00501", "99950", *["10001"] * rest],
         "id": ["1234567890123456789", "", *["7"] * rest],
         "long": ["12345678901234567890", "1", *["2"] * rest],
-        "weight": ["0.25", "-1e-3", *["3"] * rest],
+        "self": ["0.25", "-1e-3", *["3"] * rest],
         "place": ["a", "", *["b"] * rest],
         "empty": [""] * N,
     }
-    frame.assign(**keys).to_csv(tmp_path / "new.csv", index=False)
+    pd.concat([frame, pd.DataFrame(keys)], axis=1).to_csv(tmp_path / "new.csv", index=False)
     predict(model, tmp_path / "new.csv", tmp_path / "out.parquet", keep=[*keys, "zip"])
     found = pyarrow.parquet.read_table(tmp_path / "out.parquet")
     assert found["zip"].to_pylist()[:3] == ["00501", "99950", "10001"]
     assert found["id"].to_pylist()[:3] == [1234567890123456789, None, 7]
     assert found["long"].to_pylist()[:3] == ["12345678901234567890", "1", "2"]
-    assert found["weight"].to_pylist()[:3] == [0.25, -0.001, 3.0]
+    assert found["self"].to_pylist()[:3] == [0.25, -0.001, 3.0]
     assert found["place"].to_pylist()[:3] == ["a", None, "b"]
     assert found["empty"].to_pylist() == [None] * N
 

@@ -73,7 +73,7 @@ def check_targets(
 
     Raises:
         DataError: y has another shape or no rows, is not numeric, holds an infinite entry, or
-            nothing else; or, to be fitted, has a target that is constant or wholly missing.
+            is missing altogether; or, to be fitted, has a target that is constant or missing.
     """
     y = np.asarray(y)
     if y.ndim == 1:

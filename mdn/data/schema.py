@@ -196,8 +196,10 @@ class TableReader:
             )
             # All columns are parsed: with `usecols` pandas overlooks rows of too many cells.
             while (frame := attempt(Csv.kind, file, lambda _: next(chunks, None))) is not None:
-                whole = {name: _restored(frame[name]) for name in others}
-                kept = pa.Table.from_pandas(frame[self.keep].assign(**whole), preserve_index=False)
+                columns = frame[self.keep].copy()
+                for name in others:
+                    columns[name] = _restored(columns[name])
+                kept = pa.Table.from_pandas(columns, preserve_index=False)
                 yield frame[self._used], kept, min(stream.tell() / size, 1.0)
 
     def _read_parquet(self, file: Path) -> Pieces:
