@@ -17,7 +17,7 @@ import tensorflow as tf
 import tf_keras
 
 import mdn
-from mdn.compiled import CompiledModel
+from mdn.arguments import FittableModel
 from mdn.data.rows import ColumnNames, Rows
 from mdn.errors import RunError
 from mdn.updates import KerasUpdate, State, Update
@@ -31,7 +31,7 @@ def _unpack(data: Any) -> tuple[Any, Any, Any]:
     return x, y, sample_weight
 
 
-class TrainedModel(CompiledModel):
+class TrainedModel(FittableModel):
     """A Keras model with a train step of its own: `MDN` and `VAE` say what it minimises.
 
     Attributes:

@@ -20,7 +20,7 @@ import tensorflow as tf
 import tf_keras
 
 from mdn import losses
-from mdn.compiled import EVALUATION_BATCH, check_sizes
+from mdn.arguments import EVALUATION_BATCH, check_sizes
 from mdn.data.chunks import Batches
 from mdn.data.pipeline import evaluation_batches, training_batches
 from mdn.data.rows import Features

@@ -8,9 +8,9 @@ import numpy as np
 import tf_keras
 from omegaconf import DictConfig, OmegaConf
 
+from mdn.arguments import EVALUATION_BATCH
 from mdn.base import TrainedModel
 from mdn.budget import epoch_steps, fold_size, is_random
-from mdn.compiled import EVALUATION_BATCH
 from mdn.config import make
 from mdn.data.chunks import Batches
 from mdn.data.pipeline import evaluation_batches, training_batches
