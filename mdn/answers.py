@@ -39,13 +39,13 @@ class AnsweringModel(TrainedModel):
             x: a mapping of columns, which becomes [N, C] float32; anything else is returned as is.
 
         Raises:
-            DataError: an array of other features than the model has.
+            DataError: an array of other features than the model has, or columns of another kind.
         """
         self._check_adapted()
         x = as_features(x)
         if isinstance(self.encoder, Columns):
             if isinstance(x, dict):
-                return self.encoder.codes(as_tensors(x)).numpy()
+                return self.encoder.codes(as_tensors(self.encoder.as_learned(x))).numpy()
             if isinstance(x, np.ndarray):
                 raise DataError(f"x is a matrix: give the columns {', '.join(self.encoder.names)}")
         elif isinstance(x, np.ndarray) and x.shape[-1:] != (self.encoder.features,):
@@ -78,7 +78,7 @@ class AnsweringModel(TrainedModel):
         programs = vars(self._programs)
         if name not in programs:
             programs[name] = self.row_program(function)
-        return programs[name](arrays, self._largest_batch if batch_size is None else batch_size)
+        return programs[name](arrays, self.largest_batch if batch_size is None else batch_size)
 
     def row_program(self, function: Callable) -> RowProgram:
         """Return a program of rows that calls this model, compiled as far as its parts can be."""
@@ -88,7 +88,7 @@ class AnsweringModel(TrainedModel):
         return RowProgram(function, compiled and whole)
 
     @property
-    def _largest_batch(self) -> int:
+    def largest_batch(self) -> int:
         return largest_batch(self.head.params_size)
 
     def _as_rows(self, x: Features) -> np.ndarray:

@@ -63,6 +63,14 @@ class TrainedModel(FittableModel):
         """Return the loss of a batch, a scalar, and what `compute_metrics` makes metrics of."""
         raise NotImplementedError
 
+    @property
+    def loss_unit(self) -> Any:
+        """What the loss is measured in: gradients are of the loss in these units.
+
+        An optimizer then takes the steps that it would if the targets were given in another unit.
+        """
+        return 1.0
+
     def arrays(self, rows: Rows) -> tuple[Any, ...]:
         """Return rows as the arrays of which the train step takes batches."""
         raise NotImplementedError
@@ -82,7 +90,7 @@ class TrainedModel(FittableModel):
         with tf.GradientTape() as tape:
             loss, outputs = self.forward(x, y, sample_weight, training=True)
             # Gradients of the replicas are summed.
-            scaled = loss / self.distribute_strategy.num_replicas_in_sync
+            scaled = loss / self.distribute_strategy.num_replicas_in_sync / self.loss_unit
         gradients = tape.gradient(scaled, self.trainable_variables)
         pairs = [
             (gradient, variable)

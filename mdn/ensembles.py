@@ -350,7 +350,7 @@ class Ensemble(MDN):
         return np.concatenate([part.numpy() for _, part in answers])
 
     @property
-    def _largest_batch(self) -> int:
+    def largest_batch(self) -> int:
         return largest_batch(self.members * self.head.params_size)
 
     # ------------------------------------------------------------------ Keras

@@ -264,6 +264,37 @@ class Columns(tf_keras.layers.Layer):
             coded.append(tf.cast(values, tf.float32))
         return tf.stack(coded, axis=-1)
 
+    def as_learned(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Return raw columns, [N] each, of the kind that `adapt` saw: numbers, or text.
+
+        Readers make numbers of a column that is empty in all of these rows, and objects of numbers
+        among which one is None.
+
+        Raises:
+            DataError: a category came as numbers, or a number as text.
+        """
+        found = dict(columns)
+        for column in self.columns:
+            values = found.get(column.name)
+            if not isinstance(values, np.ndarray):
+                continue
+            absent = find_missing(values)
+            if column.vocabulary is not None and values.dtype.kind not in "OU":
+                if not absent.all():
+                    raise DataError(
+                        f"column {column.name!r} is of type {values.dtype}, and the model has "
+                        "learned categories: give text"
+                    )
+                found[column.name] = np.full(len(values), "")
+            elif column.vocabulary is None and values.dtype.kind in "OU":
+                if any(isinstance(value, str) for value in values[~absent]):
+                    raise DataError(
+                        f"column {column.name!r} holds text, and the model has learned numbers: "
+                        "convert it to floats"
+                    )
+                found[column.name] = np.where(absent, np.nan, values).astype(np.float64)
+        return found
+
     def call(self, inputs: Mapping[str, tf.Tensor] | tf.Tensor) -> tf.Tensor:
         """Map raw columns, or their codes [B, C], to [B, F'] float32."""
         codes = self.codes(inputs) if isinstance(inputs, Mapping) else inputs

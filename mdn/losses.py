@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -19,6 +19,9 @@ from mdn.density.scores import component_energy_score
 from mdn.density.univariate import Margins
 from mdn.density.univariate import crps as margin_crps
 from mdn.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from mdn.heads.base import Head
 
 Loss = Callable[[tf.Tensor, Any], tf.Tensor]
 
@@ -326,13 +329,42 @@ def _targets(y: tf.Tensor, density: Any) -> tf.Tensor:
     return tf.cast(y, density.dtype)
 
 
-LOSSES: dict[str, Callable[..., Loss]] = {
+LOSSES: dict[str, Any] = {
     "nll": lambda: nll,
     "crps": lambda: crps,
     "energy": Energy,
     "beta_nll": BetaNLL,
     "interval_nll": IntervalNLL,
 }
+
+
+def unit(loss: Loss, head: Head) -> Any:
+    """Return what a loss is measured in, for the targets that a head has been adapted to.
+
+    1 for what is in nats; for the scores in units of y the mean of the targets' standard
+    deviations, and for `BetaNLL` that of their variances to the power beta.
+    """
+    if isinstance(loss, BetaNLL):
+        return tf.reduce_mean(tf.pow(head.target_scale, 2.0 * loss.beta))
+    if loss is crps or isinstance(loss, Energy):
+        return tf.reduce_mean(head.target_scale)
+    return 1.0
+
+
+def describe(loss: Any) -> Any:
+    """Return the specification, as plain data, of a loss or of one.
+
+    Raises:
+        ConfigError: it is a function of the user's, which has none.
+    """
+    if not callable(loss):
+        return loss
+    for name, make in LOSSES.items():
+        if type(loss) is make:
+            return {"name": name, **loss.get_config()}
+        if not isinstance(make, type) and make() is loss:
+            return name
+    raise ConfigError(f"loss={loss!r} has no name to be written: use one of {', '.join(LOSSES)}")
 
 
 def get(loss: Any, grid: Sequence[float] | None = None, targets: Sequence[str] = ()) -> Loss:

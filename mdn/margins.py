@@ -123,7 +123,8 @@ class Margins:
     def cdf(self, y: np.ndarray) -> np.ndarray:
         """Return P(Y_d <= y_d) for each d, [.., D], of y [.., D]; NaN where y is."""
         u = y if self.units is None else self.units.inverse(y)
-        return self._mix(special.ndtr((u[..., np.newaxis, :] - self.loc) / self.scale))
+        below = special.ndtr((u[..., np.newaxis, :] - self.loc) / self.scale)
+        return np.minimum(self._mix(below), 1.0)  # the weights sum to 1 but for rounding
 
     def quantile(self, probability: float | np.ndarray) -> np.ndarray:
         """Return the y with cdf(y) = probability, [.., D]; [*S, .., D] of probabilities [*S]."""

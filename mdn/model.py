@@ -113,7 +113,8 @@ class MDN(AnsweringModel):
         check_rows(x, y, missing)
         self.encoder.adapt(x)
         if self.embedding is not None:
-            self.embedding.adapt(self._encoded(x))
+            encoded, steps = self._encoded(x)
+            self.embedding.adapt(encoded if steps is None else encoded[steps])
         self.head.adapt(self.known_targets(x, y), seed=seed)
         self._build_network(2 if isinstance(x, dict) else x.ndim)
 
@@ -199,13 +200,18 @@ class MDN(AnsweringModel):
         features = self.encoder(inputs)
         return features if self.embedding is None else self.embedding(features)
 
-    def _encoded(self, x: Features) -> np.ndarray:
-        """Return train rows as the encoder encodes them; some of them, where there are many."""
+    def _encoded(self, x: Features) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return train rows as the encoder encodes them, and which steps are no padding.
+
+        Some of them, where there are many.
+        """
         n = len(next(iter(x.values())) if isinstance(x, dict) else x)
         some = thin(n, MOST_ROWS)
         if isinstance(x, dict):
-            return self.encoder(as_tensors({k: v[some] for k, v in x.items()})).numpy()
-        return self.encoder(tf.constant(x[some], tf_keras.backend.floatx())).numpy()
+            return self.encoder(as_tensors({k: v[some] for k, v in x.items()})).numpy(), None
+        rows = tf.constant(x[some], tf_keras.backend.floatx())
+        mask = self.encoder.compute_mask(rows)
+        return self.encoder(rows).numpy(), None if mask is None else mask.numpy()
 
     @property
     def parts(self) -> list[Any]:
@@ -253,6 +259,8 @@ class MDN(AnsweringModel):
                 f"target_transform={self.head.target_transform}: noise could leave its domain; "
                 "train without jitter"
             )
+        if self._jitter is not None:
+            self._check_steps("jitter", self._jitter.step)
         self._score = losses.get(loss, self.head.grid, self.column_names.targets)
         self._check_score()
         if not isinstance(loss, str) or loss == "interval_nll":
@@ -269,10 +277,15 @@ class MDN(AnsweringModel):
                 f"loss=interval_nll: {head.event_size} targets need diagonal covariances; use "
                 "model=mixture_diag or model=diag"
             )
-        if np.size(score.step) not in (1, head.event_size):
+        self._check_steps("loss=interval_nll", score.step)
+
+    def _check_steps(self, what: str, step: Any) -> None:
+        """Raise a ConfigError for steps of grids that are not one for all targets or for each."""
+        count = (1, *np.shape(step))[-1]
+        if count not in (1, self.head.event_size):
             raise ConfigError(
-                f"loss=interval_nll: {np.size(score.step)} steps for {head.event_size} targets; "
-                "give one for all, or one for each"
+                f"{what}: {count} steps for {self.head.event_size} targets; give one for all, or "
+                "one for each"
             )
 
     def compute_loss(
@@ -291,6 +304,10 @@ class MDN(AnsweringModel):
         score, nll = self._scores(training)
         rest = None if nll is None else nll(y, y_pred)
         return self._mean(score(y, y_pred), counted, sample_weight, rest)
+
+    @property
+    def loss_unit(self) -> Any:
+        return losses.unit(self._score, self.head)
 
     def _scores(self, training: bool) -> tuple[losses.Loss, losses.Loss | None]:
         """Return the loss; and the NLL for the metric of that name, where it is not the loss."""

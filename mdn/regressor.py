@@ -23,7 +23,7 @@ import pandas as pd
 import tensorflow as tf
 import tf_keras
 
-from mdn import backbones, heads
+from mdn import backbones, heads, losses
 from mdn.data.rows import Data, Rows
 from mdn.data.splits import draw_folds
 from mdn.density.queries import Queries
@@ -148,6 +148,7 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         """
         self._check_options()
         x, y = self._check_rows(X, y, reset=True)
+        self.__dict__.pop("selection_", None)  # of a fit before
         weight = _check_sample_weight(sample_weight, y, ensure_non_negative=True)
         if not weight.any():
             raise DataError("sample_weight is zero in every row: give at least one row a weight")
@@ -356,8 +357,9 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         Without a program: a search asks each of many models once, and compiling takes longer.
         """
         encoded = np.asarray(self.model_.encode(x), np.float32)
-        for start in range(0, len(encoded), EAGER_ROWS):
-            rows = slice(start, start + EAGER_ROWS)
+        batch = min(EAGER_ROWS, self.model_.largest_batch)
+        for start in range(0, len(encoded), batch):
+            rows = slice(start, start + batch)
             yield rows, self.model_(tf.constant(encoded[rows]), training=False)
 
     def _as_y(self, values: np.ndarray) -> np.ndarray:
@@ -373,12 +375,17 @@ class MDNRegressor(RegressorMixin, BaseEstimator):
         `mdn.load` gives the model alone, as `model_` is.
 
         Raises:
+            ConfigError: the loss is a function of your own.
             RunError: the name does not end in .keras, or the file cannot be written.
         """
         check_is_fitted(self)
         path = Path(path)
+        objects = {
+            "loss": losses.describe(self.loss),
+            "target_transform": self.model_.head.target_transform,
+        }
         own = {
-            "parameters": _plain(self.get_params()),
+            "parameters": _plain({**self.get_params(), **objects}),
             "n_features_in_": self.n_features_in_,
             "feature_names_in_": getattr(self, "feature_names_in_", np.zeros(0)).tolist(),
             "y_ndim": self._y_ndim,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from mdn.data.checks import check_weight
 from mdn.data.rows import Data, Features, Rows
 from mdn.errors import ConfigError, DataError, RunError
 from mdn.evaluation import find_counted, mean_and_error
@@ -286,6 +287,8 @@ def select_components(
         raise ConfigError(
             f"the head {type(model.head).__name__} has no components: use mdn.heads.Mixture"
         )
+    if sample_weight is not None:
+        check_weight(sample_weight := np.asarray(sample_weight), "sample_weight")
     rows = Rows(as_features(x), np.asarray(y), sample_weight)
     held_out = round(validation_split * len(rows))
     if not 0 < held_out < len(rows):
@@ -321,6 +324,7 @@ def select_components(
 
 def with_components(model: MDN, k: int) -> MDN:
     """Return a model of the same parts with k components, not adapted."""
+    from mdn.embeddings import PiecewiseLinear
     from mdn.ensembles import Ensemble
     from mdn.model import MDN
 
@@ -328,5 +332,7 @@ def with_components(model: MDN, k: int) -> MDN:
         return None if part is None else type(part).from_config({**part.get_config(), **options})
 
     own = {name: copy(getattr(model, name)) for name in ("backbone", "encoder", "embedding")}
+    if isinstance(model.embedding, PiecewiseLinear):  # whose bins are of the rows it has seen
+        own["embedding"] = PiecewiseLinear(model.embedding.bins)
     one = MDN(copy(model.head, components=k), **own)
     return Ensemble(one, members=model.members) if isinstance(model, Ensemble) else one

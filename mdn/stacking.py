@@ -117,7 +117,7 @@ class Stack(Ensemble):
         return [weight for model in self.models for weight in model.stacked_weights]
 
     @property
-    def _largest_batch(self) -> int:
+    def largest_batch(self) -> int:
         size = sum(model.members * model.head.params_size for model in self.models)
         if self.agreement:  # a block of means beside all components
             size = max(size, BLOCK * len(self.kept_components))

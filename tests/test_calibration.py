@@ -314,6 +314,43 @@ def test_slices_find_errors_that_make_up_for_each_other():
     assert min(abs(each.coverage90 - 0.9) for each in by_x) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("column", "labels"),
+    [
+        (np.repeat([2015.0, 2016.0, 2017.0], 10), ["2015", "2016", "2017"]),
+        (np.repeat([0.12345, 0.12346], 10), ["0.12345", "0.12346"]),
+        (np.repeat(np.arange(2014.0, 2019.0), 10), ["2014", "2015", "2016", "2017", "2018"]),
+        (
+            np.arange(2000.0, 2051.0),
+            ["2000 to 2010", "2010 to 2020", "2020 to 2030", "2030 to 2040", "2040 to 2050"],
+        ),
+    ],
+)
+def test_labels_of_slices_tell_them_apart(column, labels):
+    assert [label for label, _ in split(column)] == labels
+
+
+def test_no_rank_is_above_one():
+    weights = np.random.default_rng(0).normal(size=[500, 5]).astype(np.float32)
+    density = mdn.GaussianMixture(
+        weights, np.zeros([500, 5, 1], np.float32), np.ones([500, 5, 1, 1], np.float32)
+    )
+    y = np.full([500, 1], 20.0, np.float32)
+    assert density.cdf(y).numpy().max() == density.survival_function(-y).numpy().max() == 1.0
+    found = report(density, y=y.astype(np.float64))
+    assert found.pit.max() == found.coverage(1.0) == 1.0
+
+
+def test_weights_may_be_lists_and_are_checked():
+    y, weight = draw(50, 1), [1.0] * 25 + [2.0] * 25
+    found, expected = (report(normal(), y=y, weight=w) for w in (weight, np.array(weight)))
+    assert found.coverage(0.9) == expected.coverage(0.9)
+    with pytest.raises(
+        DataError, match=r"weight is -1\.0 in row 3: weights are finite and not neg"
+    ):
+        report(normal(), y=y, weight=np.where(np.arange(50) == 3, -1.0, 1.0))
+
+
 def test_few_slices_of_a_calibrated_density_are_off():
     rng = np.random.default_rng(0)
     pit, columns = rng.uniform(size=(2000, 1)), {str(i): rng.normal(size=2000) for i in range(40)}

@@ -57,6 +57,18 @@ def test_few_values_are_the_edges():
     assert len(bin_edges(RNG.normal(size=1000), 16)) == 17
 
 
+def test_padded_steps_are_no_rows():
+    x = RNG.normal(size=[40, 5, 1])
+    padded = np.concatenate([x, np.full([40, 9, 1], np.nan)], axis=1)
+    edges = []
+    for rows in (x, padded):
+        head, backbone = mdn.heads.TriL(1), mdn.backbones.LSTM([4])
+        model = mdn.MDN(head, backbone, embedding=PiecewiseLinear(4))
+        model.adapt(rows, np.nan_to_num(rows) + RNG.normal(size=rows.shape))
+        edges.append(model.embedding.edge.numpy())
+    np.testing.assert_allclose(edges[1], edges[0], rtol=1e-5)
+
+
 def test_adapting_again_keeps_the_layout_or_refuses():
     layer = adapted()
     layer.adapt(X[::-1] * 2.0)

@@ -104,6 +104,18 @@ def test_standardize_refuses_another_width_and_option():
         _ = Standardize().output_size
 
 
+def test_columns_come_as_they_were_learned():
+    layer = Columns()
+    layer.adapt({"zip": np.array(["1", "2", "2"]), "size": np.array([1.0, 2.0, 3.0])})
+    empty = layer.as_learned({"zip": np.full(2, NAN), "size": np.array([2, None], object)})
+    assert empty["zip"].tolist() == ["", ""]
+    np.testing.assert_array_equal(empty["size"], [2.0, NAN])
+    with pytest.raises(DataError, match="'zip' is of type int64, and the model has learned categ"):
+        layer.as_learned({"zip": np.array([1, 2]), "size": np.zeros(2)})
+    with pytest.raises(DataError, match="'size' holds text, and the model has learned numbers"):
+        layer.as_learned({"zip": np.array(["1"]), "size": np.array(["2"])})
+
+
 def test_statistics_do_not_train():
     layer = Standardize()
     layer.adapt(np.eye(3))

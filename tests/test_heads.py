@@ -299,6 +299,14 @@ def test_a_rank_below_one_is_named():
         MixtureLowRank(3, 2, rank=0)
 
 
+@pytest.mark.parametrize("unit", [1e-20, 1e20])
+def test_adapt_names_a_unit_whose_squares_are_no_numbers(unit):
+    y = np.random.default_rng(0).normal(size=[50, 2]) * [1.0, unit]
+    with pytest.raises(mdn.MDNError, match=r"target 1 has a standard deviation of .*: give it in"):
+        heads.Mixture(2, 2).adapt(y)
+    heads.Mixture(2, 2, dtype="float64").adapt(y)
+
+
 def test_adapt_names_a_wrong_number_of_targets():
     with pytest.raises(mdn.MDNError, match="y has 3 targets and the head event_size=2"):
         Mixture(2, 3).adapt(multimodal(50, 3))

@@ -53,6 +53,17 @@ def test_nll_of_a_cell_is_that_of_the_mean_density_over_it(step):
     np.testing.assert_allclose(on_no_grid, -density.log_prob([0.4]), rtol=1e-5)
 
 
+def test_one_step_is_that_of_all_targets():
+    y = tf.constant([np.nan, 1.0])
+    for density in (mixture(2), mdn.MultivariateNormalDiag([0.0, 1.0], [1.0, 2.0])):
+        one, each = (losses.CellNLL(step)(y, density) for step in (0.5, [0.5, 0.5]))
+        np.testing.assert_array_equal(one, each)
+    model = mdn.MDN(mdn.heads.Mixture(2, 2))
+    model.compile(jitter=0.5)
+    with pytest.raises(ConfigError, match="jitter: 3 steps for 2 targets; give one for all, or"):
+        model.compile(jitter=[0.5, 0.5, 0.5])
+
+
 def test_nll_of_a_box_under_full_covariances():
     density = mixture(2)
     parts = [

@@ -275,6 +275,24 @@ def test_each_trains_saves_and_loads(name, jit_compile, tmp_path):
         assert again == pytest.approx(metrics, rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["crps", "energy", {"name": "beta_nll", "beta": 1.0}])
+@pytest.mark.parametrize("transform", [None, "log"])
+def test_what_is_learned_does_not_depend_on_the_unit(loss, transform):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=[64, 1])
+    y = np.exp(0.3 * x + 0.2 * rng.normal(size=[64, 1]))
+    learned = []
+    for unit in (1.0, 2.0**-24):  # below what Adam adds to the length of a gradient
+        tf_keras.utils.set_random_seed(0)
+        head = mdn.heads.Mixture(1, 2, target_transform=transform)
+        model = mdn.MDN(head, mdn.backbones.MLP([8]))
+        model.adapt(x, y * unit)
+        model.compile(tf_keras.optimizers.Adam(0.01), loss=loss, run_eagerly=True)
+        model.fit(x, y * unit, batch_size=16, epochs=2, verbose=0)
+        learned.append(model.head_weights[0].numpy())
+    np.testing.assert_allclose(learned[1], learned[0], atol=1e-3)
+
+
 def test_interval_nll_takes_the_steps_from_the_targets():
     x, y = gridded()
     model = mdn.MDN(mdn.heads.MixtureDiag(2, 2))

@@ -17,10 +17,12 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from tensorflow_probability import bijectors as tfb
 
 import mdn
 from mdn import MDNRegressor
 from mdn.data.rows import Rows
+from mdn.losses import Energy
 from mdn.selection import choose
 from mdn.short_fit import fit_folds
 
@@ -205,6 +207,32 @@ def test_save_and_load(fitted, line, tmp_path):
             MDNRegressor.load(path)
     copied = pickle.loads(pickle.dumps(fitted))
     np.testing.assert_array_equal(copied.predict(line[0]), fitted.predict(line[0]))
+
+
+def test_what_was_given_as_objects_is_kept(line, tmp_path):
+    given = MDNRegressor(
+        **{**TINY, "components": "auto"}, target_transform=tfb.Softplus(), loss=Energy(4)
+    )
+    given.set_params(components=2).selection_ = "of a fit before"
+    given.fit(line[0][:50], np.exp(line[1][:50]))
+    assert not hasattr(given, "selection_")
+    given.save(tmp_path / "model.keras")
+    again = clone(MDNRegressor.load(tmp_path / "model.keras"))
+    assert again.target_transform["name"] == "Softplus"
+    assert again.loss == {"name": "energy", "directions": 4, "seed": 0}
+    again.fit(line[0][:50], np.exp(line[1][:50]))
+    np.testing.assert_array_equal(again.predict(line[0]), given.predict(line[0]))
+    given.loss = lambda y, density: -density.log_prob(y)
+    with pytest.raises(mdn.MDNError, match="has no name to be written: use one of nll, crps"):
+        given.save(tmp_path / "model.keras")
+
+
+def test_many_parameters_are_answered_a_few_rows_at_a_time(fitted, line, monkeypatch):
+    whole = fitted.predict(line[0])
+    monkeypatch.setattr(type(fitted.model_), "largest_batch", 500)
+    rows = [rows for rows, _ in fitted._densities(line[0])]
+    assert [row.start for row in rows] == [0, 500, 1000]
+    np.testing.assert_allclose(fitted.predict(line[0]), whole, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from mdn.callbacks.checkpoint import Progress
 from mdn.callbacks.guard import DivergedError
 from mdn.config import compose_config
 from mdn.data.rows import Data, Rows
+from mdn.embeddings import PiecewiseLinear
 from mdn.runs import CONTENTS
-from mdn.selection import Selection, choose, held_out_nll
+from mdn.selection import Selection, choose, held_out_nll, with_components
 
 TINY = (
     *("trainer.epochs=2", "trainer.batch_size=32", "trainer.verbose=0", "trainer.compiled=false"),
@@ -270,8 +271,20 @@ def test_two_lines_need_two_components(two_lines):
     assert found.mean(1) - found.mean(2) > 0.5
 
 
+def test_a_copy_finds_bins_of_its_own():
+    x = np.random.default_rng(0).choice([0.0, 1.0, 2.0, 5.0], size=[100, 1])
+    model = mdn.MDN(mdn.heads.Mixture(1), embedding=PiecewiseLinear(8))
+    model.adapt(x, x + np.random.default_rng(1).normal(size=[100, 1]))
+    copy = with_components(model, 2)
+    few = x[x[:, 0] < 5.0]
+    copy.adapt(few, few + np.random.default_rng(2).normal(size=few.shape))
+    assert (copy.embedding.bins, copy.embedding.columns) == (8, [0, 0])
+
+
 def test_python_names_what_cannot_be_chosen(two_lines):
     x, y = two_lines
+    with pytest.raises(mdn.MDNError, match=r"sample_weight is -1\.0 in row 0: weights are finite"):
+        mdn.select_components(mdn.MDN(mdn.heads.Mixture(1)), x, y, sample_weight=[-1.0] * 1500)
     with pytest.raises(mdn.MDNError, match="the head TriL has no components"):
         mdn.select_components(mdn.MDN(mdn.heads.TriL(1)), x, y)
     with pytest.raises(mdn.MDNError, match="validation_split=0 of 1500 rows holds out 0"):

@@ -13,6 +13,7 @@ import numpy as np
 from mdn.calibration.scores import DRAWS, Scores, marginal_crps, score
 from mdn.calibration.slices import find_slices
 from mdn.calibration.summary import Report
+from mdn.data.checks import check_weight
 from mdn.data.resolution import grid_steps, spread_over_cells
 from mdn.data.rows import Rows, find_counted
 from mdn.errors import ConfigError, DataError
@@ -68,6 +69,8 @@ def report(
     if x is None:  # no features to slice by
         x, by = np.zeros((*y.shape[:-1], 1)), {} if by is None else by
     columns = _columns(x)
+    if weight is not None:
+        check_weight(weight := _numbers("weight", weight), "weight")
     rows = Rows(columns, y, weight)
     if len(names) != y.shape[-1]:
         raise DataError(f"targets={list(names)}: y has {y.shape[-1]} columns; name each")

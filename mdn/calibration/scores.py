@@ -131,7 +131,10 @@ def _compare_with_draws(
     rng = np.random.default_rng([seed, 0x686472])
     level, crps = np.empty(len(y)), np.empty(y.shape)
     rank = np.arange(1, draws + 1).reshape(-1, 1, 1)
-    for block in _blocks(len(y), draws * _components(density) * y.shape[1]):
+    d = y.shape[1]
+    # A row that lacks an entry has factors of its own, [D, D] for each draw.
+    numbers = d**2 if np.isnan(y).any() else d
+    for block in _blocks(len(y), draws * _components(density) * numbers):
         part, given = take_rows(density, (len(y),), block), y[block]
         sample = part.sample(draws, seed=tf.constant(rng.integers(2**31, size=2), tf.int32))
         sample = np.where(np.isnan(given), np.nan, sample.numpy())  # [S, n, D]

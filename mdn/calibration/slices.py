@@ -126,17 +126,28 @@ def _split_numbers(column: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         column = np.where(missing, np.nan, present[0])
     values = np.unique(column[~missing])
     if len(values) <= BINS:
-        for value in values:
-            yield f"{value:.3g}", column == value
+        for value, label in zip(values, _labels(values), strict=True):
+            yield label, column == value
     else:
         inner = np.quantile(column[~missing], np.arange(1, BINS) / BINS)
         edges = np.unique(inner)
         place = np.searchsorted(edges, column, side="right")  # NaN comes last
+        labels = _labels(np.array([values[0], *edges, values[-1]]))
         for i in range(len(edges) + 1):
             rows = (place == i) & ~missing
             if rows.any():
-                low = edges[i - 1] if i else values[0]
-                high = edges[i] if i < len(edges) else values[-1]
-                yield f"{low:.3g} to {high:.3g}", rows
+                yield f"{labels[i]} to {labels[i + 1]}", rows
     if missing.any():
         yield "missing", missing
+
+
+def _labels(values: np.ndarray) -> list[str]:
+    """Return values as text: whole ones as they are, others with digits that tell them apart."""
+    if np.all(values == np.round(values)) and np.all(np.abs(values) < 1e9):
+        return [f"{value:.0f}" for value in values]
+    distinct, labels = len(np.unique(values)), [""]
+    for digits in range(3, 18):
+        labels = [f"{value:.{digits}g}" for value in values]
+        if len(set(labels)) == distinct:
+            break
+    return labels

@@ -161,7 +161,7 @@ def log_cell_density(
     scale = tf.linalg.diag_part(scale_tril)  # [.., K, D]
     missing = tf.math.is_nan(y)[..., tf.newaxis, :]
     z = (tf.where(missing, loc, y[..., tf.newaxis, :]) - loc) / scale
-    width = step[..., tf.newaxis, :] + tf.zeros_like(z)
+    width = (step + tf.zeros_like(y))[..., tf.newaxis, :] + tf.zeros_like(z)
     tied = width > 0.0
     width = tf.where(tied, width, tf.ones_like(width))
     point = -0.5 * tf.square(z) - 0.5 * LOG_2_PI - tf.math.log(scale)

@@ -31,15 +31,17 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 class BoxCox(tfb.Bijector):
-    """The inverse of Box and Cox' (y^power - 1) / power, from the whole line to y > 0.
+    """The inverse of Box and Cox' (r^power - 1) / power of r = y / join, from the line to y > 0.
+
+    In units of a value near the targets the transform keeps their digits: year^-2 has none.
 
     The power transform leaves a part of the line out, below -1 / power (above, where the power is
     negative), and a Gaussian has mass there. From `join` on to that side, which holds no train
-    row, the transform therefore goes on as the logarithm with the same value and slope.
+    row, the transform therefore goes on as the logarithm, of the same value 0 and slope there.
 
     Args:
         power: [] or [D], also a variable; zero is the logarithm.
-        join: of the shape of power, positive.
+        join: of the shape of power, positive; at the end of the train rows.
         target: take only this entry of power and join.
 
     Source:
@@ -66,37 +68,36 @@ class BoxCox(tfb.Bijector):
 
     def _forward(self, x: tf.Tensor) -> tf.Tensor:
         power, join = self._read()
-        edge = _power_transform(join, power)
-        within = tf.where(power < 0.0, x <= edge, x >= edge)
-        beyond = (tf.where(within, edge, x) - edge) / tf.pow(join, power)
-        inner = _power_inverse(tf.where(within, x, edge), power)
-        return tf.where(within, inner, join * tf.math.exp(beyond))
+        within = tf.where(power < 0.0, x <= 0.0, x >= 0.0)
+        return join * tf.math.exp(tf.where(within, _power_inverse(x, power, within), x))
 
     def _inverse(self, y: tf.Tensor) -> tf.Tensor:
         power, join = self._read()
-        within = tf.where(power < 0.0, y <= join, y >= join)
-        beyond = tf.pow(join, power) * tf.math.log(tf.where(within, join, y) / join)
-        inner = _power_transform(tf.where(within, y, join), power)
-        return tf.where(within, inner, _power_transform(join, power) + beyond)
+        log = tf.math.log(y / join)
+        within = tf.where(power < 0.0, log <= 0.0, log >= 0.0)
+        return tf.where(within, _power_transform(log, power, within), log)
 
     def _inverse_log_det_jacobian(self, y: tf.Tensor) -> tf.Tensor:
         power, join = self._read()
-        within = tf.where(power < 0.0, y <= join, y >= join)
-        return power * tf.math.log(tf.where(within, y, join)) - tf.math.log(y)
+        log = tf.math.log(y / join)
+        within = tf.where(power < 0.0, tf.minimum(log, 0.0), tf.maximum(log, 0.0))
+        return power * within - tf.math.log(y)
 
 
-def _power_transform(y: tf.Tensor, power: tf.Tensor) -> tf.Tensor:
+def _power_transform(log: tf.Tensor, power: tf.Tensor, within: tf.Tensor) -> tf.Tensor:
+    """Return (exp(power log) - 1) / power, and anything finite where not `within`."""
     zero = tf.equal(power, 0.0)
     safe = tf.where(zero, tf.ones_like(power), power)
-    log = tf.math.log(y)
+    log = tf.where(within, log, tf.zeros_like(log))
     return tf.where(zero, log, tf.math.expm1(safe * log) / safe)
 
 
-def _power_inverse(x: tf.Tensor, power: tf.Tensor) -> tf.Tensor:
+def _power_inverse(x: tf.Tensor, power: tf.Tensor, within: tf.Tensor) -> tf.Tensor:
+    """Return the log of which x is the transform, and anything finite where not `within`."""
     zero = tf.equal(power, 0.0)
     safe = tf.where(zero, tf.ones_like(power), power)
-    root = tf.math.log1p(tf.where(zero, tf.zeros_like(x), safe * x)) / safe
-    return tf.math.exp(tf.where(zero, x, root))
+    x = tf.where(within, x, tf.zeros_like(x))
+    return tf.where(zero, x, tf.math.log1p(tf.where(zero, tf.zeros_like(x), safe * x)) / safe)
 
 
 class PerTarget(tfb.Bijector):
@@ -411,9 +412,9 @@ def fit_power(y: np.ndarray) -> float:
     By maximum likelihood; NaN is left out.
     """
     log = np.log(y[~np.isnan(y)])
+    log = log - log.mean()  # in units of the geometric mean, in which the slopes have a mean log 0
 
     def cost(power: float) -> float:
-        x = log if abs(power) < 1e-6 else np.expm1(power * log) / power
-        return 0.5 * np.log(np.var(x)) - (power - 1.0) * log.mean()
+        return np.log(np.var(log if abs(power) < 1e-6 else np.expm1(power * log) / power))
 
     return float(optimize.minimize_scalar(cost, bounds=(-2.0, 2.0), method="bounded").x)

@@ -71,12 +71,12 @@ def log_density(margins: Margins, y: tf.Tensor) -> tf.Tensor:
 
 def cdf(margins: Margins, y: tf.Tensor) -> tf.Tensor:
     """Return P(Y_d <= y_d), [.., D], of y [.., D]; NaN where y is."""
-    return _mix(margins, ndtr(_standard(margins, y)))
+    return _probability(margins, _standard(margins, y))
 
 
 def survival(margins: Margins, y: tf.Tensor) -> tf.Tensor:
     """Return P(Y_d > y_d), [.., D], of y [.., D]; NaN where y is."""
-    return _mix(margins, ndtr(-_standard(margins, y)))
+    return _probability(margins, -_standard(margins, y))
 
 
 def quantile(margins: Margins, probability: tf.Tensor) -> tf.Tensor:
@@ -216,6 +216,12 @@ def _standard(margins: Margins, y: tf.Tensor) -> tf.Tensor:
 
 def _mix(margins: Margins, values: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.exp(margins.log_weight) * values, axis=-1)
+
+
+def _probability(margins: Margins, z: tf.Tensor) -> tf.Tensor:
+    """Return the mixture of Phi(z), [.., D], of z [.., D, K]."""
+    total = _mix(margins, ndtr(z))
+    return tf.minimum(total, tf.ones_like(total))  # the weights sum to 1 but for rounding
 
 
 def _log_tail(margins: Margins, z: tf.Tensor) -> tf.Tensor:

@@ -32,6 +32,8 @@ from mdn.fitting.start import NARROWEST_START, Start, cluster
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
 
+SPARE = 1e4  # between the standard deviation of targets, and what of a density is far from it
+
 
 class Head(tfp.layers.DistributionLambda):
     """A layer from hidden features to a density: a projection to P parameters, then the density.
@@ -147,6 +149,14 @@ class Head(tfp.layers.DistributionLambda):
     def bijector(self) -> Any:
         """What takes the targets that the network sees to those of the user; None: they are."""
         return self._bijector
+
+    @property
+    def target_scale(self) -> tf.Tensor:
+        """[D], about the standard deviations of the train targets, in the units of y."""
+        if self._bijector is None:
+            return self.y_scale
+        ends = [self._bijector.forward(self.y_loc + s * self.y_scale) for s in (-1.0, 1.0)]
+        return 0.5 * (ends[1] - ends[0])
 
     @property
     def filler(self) -> tf.Tensor:
@@ -432,7 +442,8 @@ class Head(tfp.layers.DistributionLambda):
             seed: of the k-means start.
 
         Raises:
-            DataError: y has no D columns, or a column that is constant or empty.
+            DataError: y has no D columns, or a column that is constant, empty, or in a unit in
+                which its numbers are too small or too large.
         """
         check_targets(y)
         y = np.asarray(y, np.float64)
@@ -444,6 +455,7 @@ class Head(tfp.layers.DistributionLambda):
         given = y.reshape([-1, self.event_size])
         y = self._transformed(given)
         loc, scale = np.nanmean(y, axis=0), np.nanstd(y, axis=0)
+        self._check_scale(scale)
         self.grid = [resolution(column) for column in given.T]
         self.recalibration = None
         tied = [resolution(column) if self.grid_floor else 0.0 for column in y.T]
@@ -454,6 +466,18 @@ class Head(tfp.layers.DistributionLambda):
         self.floor.assign(np.maximum(self.min_scale, grid / math.sqrt(12.0) / scale))
         rng = np.random.default_rng([seed, 0x6D646E])
         self._set_start(self._start((y - loc) / scale, rng))
+
+    def _check_scale(self, scale: np.ndarray) -> None:
+        """Raise a DataError for the first target whose variance the dtype cannot hold."""
+        number = np.finfo(self.dtype)
+        low, high = math.sqrt(number.tiny) * SPARE, math.sqrt(number.max) / SPARE
+        bad = (scale < low) | (scale > high)
+        if bad.any():
+            i = int(bad.argmax())
+            raise DataError(
+                f"target {i} has a standard deviation of {scale[i]:.3g}, and {self.dtype} cannot "
+                f"hold its square: give it in a unit in which it is {low:.0e} to {high:.0e}"
+            )
 
     def _adapt_background(self, rows: int) -> None:
         """Set what depends on the number of rows alone."""
