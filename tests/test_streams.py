@@ -193,7 +193,7 @@ def test_columns_mean_what_they_do_in_memory(tmp_path):
         city=rng.choice(["Rome", "Oslo", "", None], N),
         open=rng.integers(0, 2, N).astype(bool),
         shop=rng.integers(0, 9, N),
-        size=rng.choice([1.0, 2.0, np.nan], N),
+        size=rng.choice([1.0, 2.0, 2.5, np.nan], N),
         day=days,
         time=pd.to_datetime(days) + pd.Timedelta("3h"),
         zone=(pd.to_datetime(days)).tz_localize("Europe/Oslo"),

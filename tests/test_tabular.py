@@ -11,7 +11,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from mdn.data.tabular import Csv, Parquet, to_days
+from mdn.data.kinds import to_days
+from mdn.data.schema import Schema, TableReader
+from mdn.data.tabular import Csv, Parquet
 from mdn.errors import DataError
 
 SOURCES = {"csv": Csv, "parquet": Parquet}
@@ -121,6 +123,16 @@ def test_categorical_numbers(kind, tmp_path):
     options = {"categorical": ["count"], "missing": "indicator"}
     values = collect(load_one(kind, frame, tmp_path, **options))["count"]
     assert set(values) == {"0", "1", "2", "3", "4", None}  # not "0.0"
+
+
+def test_a_category_does_not_depend_on_the_rows_around_it(tmp_path):
+    frame = make_frame().assign(stars=np.resize([3.0, 3.5, 4.0, 1e300, np.inf], N))
+    path = write(frame, tmp_path, "parquet")
+    data = Parquet(path, ["y"], ["stars"], categorical=["stars"]).load()
+    assert set(collect(data)["stars"]) == {"3", "3.5", "4", str(int(1e300)), "inf"}
+    whole = write(frame[frame["stars"] == 3], tmp_path, "parquet", "whole")
+    (block,) = TableReader(Schema({"stars": True}, ["y"], False), whole).blocks()
+    assert set(block.x["stars"]) == {"3"}
 
 
 def test_csv_keeps_leading_zeros_of_categories(tmp_path):

@@ -15,7 +15,8 @@ import pyarrow.parquet
 
 from mdn.data.blocks import BLOCK_BYTES, BLOCK_ROWS, POOL_BYTES, Block, Words
 from mdn.data.checks import RowName
-from mdn.data.tabular import Parquet, attempt, to_days, to_number, to_text
+from mdn.data.kinds import to_days, to_number, to_text
+from mdn.data.tabular import Parquet, attempt
 from mdn.errors import DataError
 
 # Of each open column, about a page and as much of the file are in memory at a time.
@@ -190,8 +191,7 @@ class ParquetReader:
         if not pa.types.is_dictionary(column.type):
             column = column.dictionary_encode()
         codes = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-        values = column.dictionary.to_pandas()
-        text = _words(values)
+        text = to_text(column.dictionary.to_pandas())
         known = np.append([word is not None for word in text], False)
         codes = np.where(known[codes], codes, -1)
         if kind == "text":
@@ -234,13 +234,3 @@ def _to_float(column: pa.Array) -> np.ndarray:
         column = column.cast(pa.float64())
     values = column.to_numpy(zero_copy_only=False)
     return values if values.dtype == np.float32 else values.astype(np.float64)
-
-
-def _words(values: pd.Series) -> np.ndarray:
-    """Return the words of a dictionary, None for what counts as missing."""
-    if pd.api.types.is_float_dtype(values):
-        # Of a block alone it is not known whether all numbers of the column are whole.
-        return np.array(
-            [None if v != v else str(int(v)) if v == int(v) else str(v) for v in values], object
-        )
-    return to_text(values)

@@ -20,8 +20,9 @@ import pyarrow.parquet
 
 from mdn.data.checks import FLOAT32_MAX, RowName
 from mdn.data.files import SUFFIXES, find_files
+from mdn.data.kinds import to_days, to_number, to_text
 from mdn.data.rows import Features
-from mdn.data.tabular import Csv, Parquet, Table, attempt, to_days, to_number, to_text
+from mdn.data.tabular import Csv, Parquet, Table, attempt
 from mdn.errors import DataError
 
 BLOCK_ROWS = 65_536

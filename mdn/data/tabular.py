@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from mdn.data.checks import RowName, check_rows, check_weight, find_missing
 from mdn.data.files import SUFFIXES, find_files
+from mdn.data.kinds import to_days, to_number, to_text
 from mdn.data.rows import Data, Features, Rows
 from mdn.data.splits import Split, split_data, split_indices, thin
 from mdn.errors import DataError
@@ -366,54 +367,6 @@ def attempt(kind: str, file: Path, read: Callable):
     except Exception as error:  # pandas, pyarrow and the decompressors raise a dozen types
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(f"{file} cannot be read as {kind}: {first}") from error
-
-
-def to_number(column: pd.Series, label: str, row: RowName) -> np.ndarray:
-    """Return a target or weight column as [N] float64, NaN where missing.
-
-    Args:
-        column: [N].
-        label: what a message calls it.
-        row: what a message calls the row at a position.
-
-    Raises:
-        DataError: a cell is no number.
-    """
-    kind = pd.api.types.infer_dtype(column, skipna=True)
-    if kind in ("datetime64", "datetime", "date", "timedelta64", "timedelta"):
-        raise DataError(f"{label} holds dates or durations, not numbers: convert it to numbers")
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        column = column.astype(object)
-    try:
-        numbers = pd.to_numeric(column, errors="coerce").astype("float64")
-    except OverflowError as error:
-        raise DataError(f"{label} holds an integer beyond float64: mend that cell") from error
-    odd = (numbers.isna() & column.notna()).to_numpy()
-    if odd.any():
-        i = int(odd.argmax())
-        raise DataError(
-            f"{label} is {column.iloc[i]!r} in {row(i)}, not a number: mend or empty that cell"
-        )
-    return numbers.to_numpy(np.float64, na_value=np.nan)
-
-
-def to_text(column: pd.Series) -> np.ndarray:
-    """Return a column as an object array of str, None where missing or empty."""
-    values = column.astype(object)
-    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
-        values = column.astype("Int64").astype(object)  # a missing value made integers floats
-    text = values.map(str, na_action="ignore").to_numpy(object, copy=True)
-    text[find_missing(text)] = None
-    return text
-
-
-def to_days(column: pd.Series) -> np.ndarray:
-    """Return dates as days since 1970-01-01 UTC, [N] float64; dates without a zone are in UTC."""
-    times = pd.to_datetime(column, utc=True)
-    unit = times.dt.unit  # nanoseconds, which pandas would take, end in the year 2262
-    epoch, day = pd.Timestamp(0, tz="UTC").as_unit(unit), pd.Timedelta(days=1).as_unit(unit)
-    days = (times - epoch) / day
-    return days.to_numpy(np.float64, na_value=np.nan)
 
 
 def _shorten(names: list[str], limit: int = 12) -> str:
