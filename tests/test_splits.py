@@ -1,5 +1,7 @@
 """Splits: reproducible, disjoint, complete, and true to days, groups and words."""
 
+import datetime
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -70,6 +72,21 @@ def test_groups_stay_together_and_the_row_order_has_no_say():
     groups = [set(key[i]) for i in split_indices(400, "group", key)]
     assert sum(map(len, groups)) == len(set(key))
     assert groups == [set(key[shuffle][i]) for i in split_indices(400, "group", key[shuffle])]
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        lambda i: [i, str(i)],
+        lambda i: [float(i), str(i)],
+        lambda i: [datetime.date(2020, 1, 1 + i), pd.Timestamp(2020, 1, 1 + i)],
+    ],
+)
+@pytest.mark.parametrize("dtype", [object, "category"])
+def test_one_key_of_two_types_is_one_group(spelled, dtype):
+    key = pd.Series([spelled(i)[j] for j in (0, 1) for i in range(20)], dtype=object)
+    sides = [set(index % 20) for index in split_indices(40, "group", key.astype(dtype))]
+    assert sum(map(len, sides)) == 20
 
 
 def test_a_huge_unit_leaves_no_split_empty():

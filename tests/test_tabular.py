@@ -194,6 +194,68 @@ def test_a_row_is_named_by_its_file(kind, tmp_path):
         SOURCES[kind](str(tmp_path), ["y"]).load()
 
 
+def write_parts(folder: pathlib.Path, parts: list[list]) -> str:
+    """Write a CSV file for each list of cells of `key`, with y = 0, 1, 2 ..; return the folder."""
+    start = 0
+    for i, cells in enumerate(parts):
+        lines = [f"{start + j},{cell}" for j, cell in enumerate(cells)]
+        (folder / f"{i}.csv").write_text("\n".join(["y,key", *lines, ""]))
+        start += len(cells)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([["101", "", "102"], ["101", "A", "B", "C"]], ["101", None, "102", "101", *"ABC"]),
+        ([["007", "008"], ["007", "A", "B", "C"]], ["007", "008", "007", *"ABC"]),
+        ([["True", "False"], ["1", "0"]], ["True", "False", "1", "0"]),
+        ([["", ""], ["7", "8", "9"]], [np.nan, np.nan, 7.0, 8.0, 9.0]),
+    ],
+)
+def test_csv_columns_are_of_one_kind_in_all_files(parts, expected, tmp_path):
+    data = Csv(write_parts(tmp_path, parts), ["y"], missing="indicator").load()
+    found = collect(data)["key"][np.argsort(collect(data, "y")[:, 0])]
+    np.testing.assert_array_equal(found, np.array(expected, found.dtype))
+
+
+def test_no_group_of_several_csv_files_is_on_two_sides(tmp_path):
+    stores = [str(store) for store in range(100, 140)]
+    path = write_parts(tmp_path, [stores, [*stores, "K1"]])
+    data = Csv(path, ["y"], split="group", split_column="key").load()
+    keys = np.array([*stores, *stores, "K1"])
+    sides = [
+        set(keys[rows.y.astype(int)[:, 0]]) for rows in (data.train, data.validation, data.test)
+    ]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 41
+
+
+def test_parquet_columns_are_of_one_kind_in_all_files(tmp_path):
+    frame = make_frame()
+    write(frame, tmp_path, "parquet", "a")
+    write(frame.assign(city=None), tmp_path, "parquet", "b")
+    for stream in (False, True):
+        options = {"missing": "indicator", "stream": stream}
+        x = collect(Parquet(str(tmp_path), ["y"], ["city"], **options).load())
+        assert set(x["city"]) == {"Rome", "Oslo", "Bern", None}
+    for change in ({"count": "many"}, {"open": 1}):
+        (name,) = change
+        write(frame.assign(**change), tmp_path, "parquet", "b")
+        with pytest.raises(DataError, match=rf"'{name}' holds .* in .*b.parquet and .* in .*a.pa"):
+            Parquet(str(tmp_path), ["y"]).load()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_dictionaries_of_several_files_are_categories(stream, tmp_path):
+    frame = make_frame()
+    days = frame["day"].dt.strftime("%Y-%m-%d").astype("category")
+    for name, rows in (("a", slice(0, 20)), ("b", slice(20, N))):
+        part = frame[rows].assign(day=days[rows].cat.remove_unused_categories())
+        write(part, tmp_path, "parquet", name)
+    data = Parquet(str(tmp_path), ["y"], ["day"], stream=stream).load()
+    assert set(collect(data)["day"]) == set(days)
+
+
 @pytest.mark.parametrize("kind", SOURCES)
 def test_max_rows_are_even(kind, tmp_path):
     data = load_one(kind, make_frame(), tmp_path, max_rows=10)

@@ -5,8 +5,13 @@ Shape letters: N rows.
 
 from __future__ import annotations
 
+import decimal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from mdn.data.checks import RowName, find_missing
 from mdn.errors import DataError
@@ -53,8 +58,10 @@ def to_text(column: pd.Series) -> np.ndarray:
 
 
 def word(value: object) -> str:
-    """Return a value as a category: 3 for 3.0, 3.5 for 3.5."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    """Return a value as a category: 3 for 3.0, 3.5 for 3.5, whether float or decimal."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return f"{value.normalize():f}" if isinstance(value, decimal.Decimal) else str(value)
 
 
 def to_days(column: pd.Series) -> np.ndarray:
@@ -64,3 +71,48 @@ def to_days(column: pd.Series) -> np.ndarray:
     epoch, day = pd.Timestamp(0, tz="UTC").as_unit(unit), pd.Timedelta(days=1).as_unit(unit)
     days = (times - epoch) / day
     return days.to_numpy(np.float64, na_value=np.nan)
+
+
+def arrow_kind(kind: pa.DataType) -> str:
+    """Return what a message calls the values of a column of Parquet."""
+    types = pa.types
+    if types.is_boolean(kind):
+        return "booleans"
+    if types.is_integer(kind) or types.is_floating(kind):
+        return "numbers"
+    if types.is_decimal(kind) or types.is_null(kind):
+        return "numbers"
+    if types.is_date(kind) or types.is_timestamp(kind):
+        return "dates"
+    if types.is_dictionary(kind):
+        return "text"
+    if types.is_string(kind) or types.is_large_string(kind):
+        return "text"
+    return "values"
+
+
+def common_types(
+    schemas: Mapping[Path, pa.Schema], names: Sequence[str]
+) -> dict[str, pa.DataType]:
+    """Return the type of each column, a dictionary if it is that in any file.
+
+    Args:
+        schemas: of the files.
+        names: of the columns.
+
+    Raises:
+        DataError: a column is not of one kind in every file that has a value of it.
+    """
+    common = {}
+    for name in names:
+        types = {file: schema.field(name).type for file, schema in schemas.items()}
+        known = {f: kind for f, kind in types.items() if not pa.types.is_null(kind)} or types
+        first = next(iter(known))
+        for file, kind in known.items():
+            if (found := arrow_kind(kind)) != (expected := arrow_kind(known[first])):
+                raise DataError(
+                    f"column {name!r} holds {found} in {file} and {expected} in {first}: "
+                    "give files of one kind"
+                )
+        common[name] = next(filter(pa.types.is_dictionary, known.values()), known[first])
+    return common

@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from mdn.data.blocks import BLOCK_BYTES, BLOCK_ROWS, POOL_BYTES, Block, Words
 from mdn.data.checks import RowName
-from mdn.data.kinds import to_days, to_number, to_text
+from mdn.data.kinds import arrow_kind, common_types, to_days, to_number, to_text
 from mdn.data.tabular import Parquet, attempt
 from mdn.errors import DataError
 
@@ -75,7 +75,8 @@ class ParquetReader:
             np.clip(BLOCK_BYTES // (8 * len(self.used)), LEAST_ROWS, BLOCK_ROWS)
         )
         self.lanes = int(np.clip(POOL_BYTES // (len(self.used) * _COLUMN_BYTES), 1, 4))
-        self._types = self._common_types()
+        schemas = (metadata.schema.to_arrow_schema() for metadata in self._metadata)
+        self._types = common_types(dict(zip(self.files, schemas, strict=True)), self.used)
         self._kinds: dict[str, str] = {}
         self._kinds = self._find_kinds(table)
 
@@ -126,25 +127,12 @@ class ParquetReader:
                 start += rows
         return plan
 
-    def _common_types(self) -> dict[str, pa.DataType]:
-        """Return the type of each column, which is of one kind in every file."""
-        schemas = [metadata.schema.to_arrow_schema() for metadata in self._metadata]
-        for name in self.used:
-            first = _kind(schemas[0].field(name).type)
-            for file, schema in zip(self.files, schemas, strict=True):
-                if (kind := _kind(schema.field(name).type)) != first:
-                    raise DataError(
-                        f"column {name!r} holds {kind} in {file} and {first} in {self.files[0]}: "
-                        "give files of one kind"
-                    )
-        return {name: schemas[0].field(name).type for name in self.used}
-
     def _find_kinds(self, table: Parquet) -> dict[str, str]:
         """Return what each feature is to the model: number, days or text."""
         batch = next(b for plan in self._plan for b in self._batches(plan) if b.num_rows)
         kinds = {}
         for name in self.features:
-            kind = _kind(self._types[name])
+            kind = arrow_kind(self._types[name])
             if name in table.categorical or pa.types.is_dictionary(self._types[name]):
                 kind = "text"
             elif kind in ("text", "values"):
@@ -156,7 +144,8 @@ class ParquetReader:
                 kind = "text"
                 if found.dtype != object and not np.isnan(found).all():
                     kind = "days"
-            kinds[name] = {"numbers": "number", "dates": "days"}.get(kind, kind)
+            known = {"numbers": "number", "booleans": "number", "dates": "days"}
+            kinds[name] = known.get(kind, kind)
         return kinds
 
     def _block(self, batch: pa.RecordBatch, start: int) -> Block:
@@ -174,7 +163,7 @@ class ParquetReader:
         return Block(start, x if self.features else np.zeros((len(y), 0)), y, weight)
 
     def _number(self, column: pa.Array, label: str, row: RowName) -> np.ndarray:
-        if _kind(column.type) == "numbers":
+        if arrow_kind(column.type) in ("numbers", "booleans"):
             return _to_float(column)
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
@@ -184,7 +173,7 @@ class ParquetReader:
         kind = self._kinds[name]
         if kind == "number":
             return _to_float(column)
-        if kind == "days" and _kind(column.type) == "dates":
+        if kind == "days" and arrow_kind(column.type) == "dates":
             if pa.types.is_date(column.type):  # pandas would make a Python object of each
                 column = column.cast(pa.timestamp("us"))
             return to_days(column.to_pandas())
@@ -208,22 +197,6 @@ class ParquetReader:
                 f"mend it, or set data.categorical=[{name}]"
             )
         return days[codes]
-
-
-def _kind(kind: pa.DataType) -> str:
-    """Return what a message calls the values of a column."""
-    types = pa.types
-    if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
-        return "numbers"
-    if types.is_decimal(kind) or types.is_null(kind):
-        return "numbers"
-    if types.is_date(kind) or types.is_timestamp(kind):
-        return "dates"
-    if types.is_dictionary(kind):
-        return "text"
-    if types.is_string(kind) or types.is_large_string(kind):
-        return "text"
-    return "values"
 
 
 def _to_float(column: pa.Array) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mdn.data.checks import check_rows
+from mdn.data.kinds import to_text
 from mdn.data.rows import Data, Rows
 from mdn.errors import ConfigError, DataError
 
@@ -151,6 +152,13 @@ def _units(split: str, key: np.ndarray | pd.Series | None) -> np.ndarray:
             f"data.split_column is missing in row {absent.argmax()}, so that it has no side: "
             "fill it in, or set data.split=random"
         )
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.astype(values.cat.categories.dtype)
+    kind = pd.api.types.infer_dtype(values)
+    if kind in ("mixed", "mixed-integer"):
+        values = pd.Series(to_text(values))  # or 100 and "100" would be two groups
+    elif kind in ("date", "datetime"):
+        values = pd.to_datetime(values, utc=True)
     text = not pd.api.types.is_numeric_dtype(values) and values.dtype.kind != "M"
     if split == "column":
         sides = values.astype(str).str.strip().str.lower().map(_WORDS)

@@ -19,7 +19,7 @@ import pyarrow.parquet
 
 from mdn.data.checks import RowName, check_rows, check_weight, find_missing
 from mdn.data.files import SUFFIXES, find_files
-from mdn.data.kinds import to_days, to_number, to_text
+from mdn.data.kinds import common_types, to_days, to_number, to_text
 from mdn.data.rows import Data, Features, Rows
 from mdn.data.splits import Split, split_data, split_indices, thin
 from mdn.errors import DataError
@@ -78,6 +78,10 @@ class Table(abc.ABC):
     def _read(self, file: Path, columns: list[str]) -> pd.DataFrame:
         """Read these columns."""
 
+    def _read_all(self, files: list[Path], columns: list[str]) -> list[pd.DataFrame]:
+        """Read these columns, each of one kind in all files."""
+        return [attempt(self.kind, file, lambda f: self._read(f, columns)) for file in files]
+
     def load(self) -> Data:
         """Read, check and split the rows.
 
@@ -87,10 +91,13 @@ class Table(abc.ABC):
         files, targets, features = self._choose()
         options = [self.weight, self.split_column]
         used = list(dict.fromkeys([*targets, *features, *filter(None, options)]))
-        frames = [attempt(self.kind, file, lambda f: self._read(f, used)) for file in files]
+        frames = self._read_all(files, used)
         frame = pd.concat(frames, keys=[str(file) for file in files], names=["file", "row"])
         if frame.empty:
             raise DataError(f"{self.path} has column names but no rows: give a file with rows")
+        for name in used:  # what joins columns forgets that they are categories
+            if any(isinstance(part[name].dtype, pd.CategoricalDtype) for part in frames):
+                frame[name] = frame[name].astype("category")
         frame = frame.iloc[thin(len(frame), self.max_rows)]
 
         def row(i: int) -> str:
@@ -221,7 +228,8 @@ class Csv(Table):
     """Rows of CSV files in UTF-8, with commas and a line of column names.
 
     Columns without a name, such as a saved index, are left out. Text whose every cell is an ISO
-    8601 date counts as dates. pandas decides what is missing: an empty cell, NA, n/a, null, NaN...
+    8601 date counts as dates. A column that is text in one file is text in all of them. pandas
+    decides what is missing: an empty cell, NA, n/a, null, NaN...
     """
 
     kind = "CSV"
@@ -246,14 +254,24 @@ class Csv(Table):
         )
         return [name for name in line.iloc[0] if name]
 
-    def _read(self, file: Path, columns: list[str]) -> pd.DataFrame:
+    def _read_all(self, files: list[Path], columns: list[str]) -> list[pd.DataFrame]:
+        frames = super()._read_all(files, columns)
+        kinds = {name: {_cells(frame[name]) for frame in frames} for name in columns}
+        if mixed := [name for name in columns if len(kinds[name] - {"nothing"}) > 1]:
+            # 100 of a file of numbers and "100" of a file with text would be two values.
+            frames = [
+                attempt(self.kind, file, lambda f: self._read(f, columns, mixed)) for file in files
+            ]
+        return frames
+
+    def _read(self, file: Path, columns: list[str], text: Sequence[str] = ()) -> pd.DataFrame:
         with warnings.catch_warnings():
             # More cells than names: pandas would take the first column for an index, or cut cells.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             frame = pd.read_csv(
                 file,
                 index_col=False,
-                dtype=dict.fromkeys(self.categorical, str),
+                dtype=dict.fromkeys([*self.categorical, *text], str),
                 encoding="utf-8-sig",
                 skipinitialspace=True,
                 low_memory=False,
@@ -319,6 +337,11 @@ class Parquet(Table):
         reader = ParquetReader(self, *self._choose())
         return open_stream(reader, StreamOptions.of(self))
 
+    def _read_all(self, files: list[Path], columns: list[str]) -> list[pd.DataFrame]:
+        schemas = {f: attempt(self.kind, f, pyarrow.parquet.read_schema) for f in files}
+        common_types(schemas, columns)
+        return super()._read_all(files, columns)
+
     def _read(self, file: Path, columns: list[str]) -> pd.DataFrame:
         with pyarrow.parquet.ParquetFile(file) as stream:
             return stream.read(columns).to_pandas(ignore_metadata=True)[columns]
@@ -342,6 +365,14 @@ def check_column(option: str, name: str, names: list[str], path: str | None) -> 
         raise DataError(
             f"data.{option}: there is no column {name!r} in {path}: {hint}It has {_shorten(names)}"
         )
+
+
+def _cells(column: pd.Series) -> str:
+    """Return what the cells of a column of a CSV file are."""
+    if column.isna().all():
+        return "nothing"
+    kind = pd.api.types.infer_dtype(column, skipna=True)
+    return kind if kind in ("string", "boolean") else "number"
 
 
 def _head(file: Path) -> bytes:
