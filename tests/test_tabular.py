@@ -393,6 +393,50 @@ def test_csv_missing_words_and_other_text(tmp_path):
     assert "five" in collect(data)["x"]
 
 
+DATES = [f"2020-01-{day:02d}" for day in range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([*DATES, "2013-02-30"], "holds dates but also '2013-02-30', in row 8 of .*0.csv"),
+        (["", "unknown", *DATES], "holds dates but also 'unknown', in row 1 of .*0.csv"),
+        (['"1,200"', '"3,400"', "950"], "holds numbers but also '1,200', in row 0"),
+        (["12", '"-1,234,567.5"'], "holds numbers but also '-1,234,567.5', in row 1"),
+    ],
+)
+def test_odd_cells_make_no_category(cells, message, tmp_path):
+    path = write_parts(tmp_path, [cells])
+    with pytest.raises(DataError, match=rf"feature 'key' {message}.*data.categorical=\[key\]"):
+        Csv(path, ["y"], missing="indicator").load()
+
+
+@pytest.mark.parametrize("cells", [[*DATES[:3], "a", "b", "c"], ["1,2", "3,40", "1000,100"]])
+def test_text_is_a_category_and_named_in_the_log(cells, tmp_path, caplog):
+    path = write_parts(tmp_path, [[f'"{cell}"' for cell in cells * 6]])
+    with caplog.at_level("INFO", "mdn"):
+        assert set(collect(Csv(path, ["y"]).load())["key"]) == set(cells)
+    assert f"categories, and their values in the train rows: key {len(cells)}" in caplog.messages
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (["2024-01-01", "2024-01-02", "2024-02-30"], "is '2024-02-30' in row 2 of .*8601 date"),
+        (["2024-02-30"], "is '2024-02-30' in row 0 of .*, not an ISO 8601 date: mend or empty"),
+        (["2024-01-01", "soon", "later"], "is 'soon' in row 1 of .*, not an ISO 8601 date"),
+        (["12", "13", "2024-01-01"], "is '2024-01-01' in row 2 of .*, not a number"),
+        (["soon"], "is 'soon' in row 0 of .*, not a number"),
+    ],
+)
+def test_a_bad_date_of_new_rows_is_named(kind, cells, message, tmp_path):
+    path = write(pd.DataFrame({"when": cells}), tmp_path, kind)
+    reader = TableReader(Schema({"when": False}, ["y"], False), path)
+    with pytest.raises(DataError, match=f"feature 'when' {message}"):
+        list(reader.blocks())
+
+
 def test_csv_dialects(tmp_path):
     plain = rows_of({})
     whole = Csv(write_bytes(tmp_path / "a.csv", plain), ["y"]).load().fingerprint()

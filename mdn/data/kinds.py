@@ -16,6 +16,8 @@ import pyarrow as pa
 from mdn.data.checks import RowName, find_missing
 from mdn.errors import DataError
 
+_GROUPED = r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?"  # 1,200, which is no number to a parser
+
 
 def to_number(column: pd.Series, label: str, row: RowName) -> np.ndarray:
     """Return a target or weight column as [N] float64, NaN where missing.
@@ -57,11 +59,46 @@ def to_text(column: pd.Series) -> np.ndarray:
     return text
 
 
+def read_text(column: pd.Series, row: RowName) -> np.ndarray:
+    """Return text as days where every cell is a date, [N] float64, else as categories.
+
+    Args:
+        column: [N], named.
+        row: what a message calls the row at a position.
+
+    Raises:
+        DataError: more than half of the cells are dates, or numbers, and some are not.
+    """
+    known = ~find_missing(column.to_numpy(object))
+    text = column.astype(str).where(known)
+    days = parse_days(text)
+    dated = ~np.isnan(days)
+    number = pd.to_numeric(text, errors="coerce").notna().to_numpy()
+    meant = number | text.str.fullmatch(_GROUPED, na=False).to_numpy(bool)
+    for kind, like, fits in (("dates", dated, dated), ("numbers", meant, number)):
+        odd = known & ~fits
+        if odd.any() and 2 * like.sum() > known.sum():
+            i = int(odd.argmax())
+            raise odd_cell(str(column.name), kind, column.iloc[i], row(i))
+    return days if dated.sum() == known.sum() else to_text(column)
+
+
 def word(value: object) -> str:
     """Return a value as a category: 3 for 3.0, 3.5 for 3.5, whether float or decimal."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return f"{value.normalize():f}" if isinstance(value, decimal.Decimal) else str(value)
+
+
+def parse_days(text: pd.Series) -> np.ndarray:
+    """Return the days of ISO 8601 dates, [N] float64; NaN where a text is none, or is missing."""
+    dates = text.where(looks_dated(text))
+    return to_days(pd.to_datetime(dates, utc=True, format="ISO8601", errors="coerce"))
+
+
+def looks_dated(text: pd.Series) -> pd.Series:
+    """Return where a text begins as a date does, whether there is such a day or not, [N]."""
+    return text.str.match(r"\d{4}-\d\d-\d\d", na=False)
 
 
 def to_days(column: pd.Series) -> np.ndarray:
@@ -71,6 +108,21 @@ def to_days(column: pd.Series) -> np.ndarray:
     epoch, day = pd.Timestamp(0, tz="UTC").as_unit(unit), pd.Timedelta(days=1).as_unit(unit)
     days = (times - epoch) / day
     return days.to_numpy(np.float64, na_value=np.nan)
+
+
+def odd_cell(name: str, kind: str, value: object, place: str) -> DataError:
+    """Return the error of a feature's first cell that is not what most others are.
+
+    Args:
+        name: of the feature.
+        kind: what the others are.
+        value: of the cell.
+        place: its row.
+    """
+    return DataError(
+        f"feature {name!r} holds {kind} but also {value!r}, in {place}: "
+        f"mend or empty it, or set data.categorical=[{name}]"
+    )
 
 
 def arrow_kind(kind: pa.DataType) -> str:

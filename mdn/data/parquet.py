@@ -15,7 +15,15 @@ import pyarrow.parquet
 
 from mdn.data.blocks import BLOCK_BYTES, BLOCK_ROWS, POOL_BYTES, Block, Words
 from mdn.data.checks import RowName
-from mdn.data.kinds import arrow_kind, common_types, to_days, to_number, to_text
+from mdn.data.kinds import (
+    arrow_kind,
+    common_types,
+    odd_cell,
+    parse_days,
+    to_days,
+    to_number,
+    to_text,
+)
 from mdn.data.tabular import Parquet, attempt
 from mdn.errors import DataError
 
@@ -185,17 +193,11 @@ class ParquetReader:
         codes = np.where(known[codes], codes, -1)
         if kind == "text":
             return Words(codes, np.where(known[:-1], text, ""))
-        times = pd.to_datetime(
-            pd.Series(text, dtype=object), utc=True, format="ISO8601", errors="coerce"
-        )
-        days = np.append(to_days(times), np.nan)
+        days = np.append(parse_days(pd.Series(text, dtype=object)), np.nan)
         odd = np.isnan(days[codes]) & (codes >= 0)
         if odd.any():
             at = int(odd.argmax())
-            raise DataError(
-                f"feature {name!r} holds dates but also {text[codes[at]]!r}, in {row(at)}: "
-                f"mend it, or set data.categorical=[{name}]"
-            )
+            raise odd_cell(name, "dates", text[codes[at]], row(at))
         return days[codes]
 
 

@@ -18,9 +18,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 
-from mdn.data.checks import FLOAT32_MAX, RowName
+from mdn.data.checks import FLOAT32_MAX, RowName, find_missing
 from mdn.data.files import SUFFIXES, find_files
-from mdn.data.kinds import to_days, to_number, to_text
+from mdn.data.kinds import looks_dated, parse_days, to_days, to_number, to_text
 from mdn.data.rows import Features
 from mdn.data.tabular import Csv, Parquet, Table, attempt
 from mdn.errors import DataError
@@ -255,16 +255,8 @@ def _kind_of(file: Path) -> type[Table]:
 
 def _number(column: pd.Series, label: str, row: RowName, dates: bool = False) -> np.ndarray:
     """Return a column of numbers, or of dates where a feature may be one, as [n] float64."""
-    if dates and len(column):
-        kind = pd.api.types.infer_dtype(column, skipna=True)
-        if kind in ("datetime64", "datetime", "date"):
-            return to_days(column)
-        if kind == "string":
-            present = column.dropna()
-            if present.str.match(r"\d{4}-\d\d-\d\d").all():
-                days = pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce")
-                if not (days.isna() & column.notna()).any():
-                    return to_days(days)
+    if dates and (days := _days(column, label, row)) is not None:
+        return days
     numbers = to_number(column, label, row)
     odd = np.abs(numbers) > FLOAT32_MAX
     if odd.any():
@@ -274,3 +266,24 @@ def _number(column: pd.Series, label: str, row: RowName, dates: bool = False) ->
             "cell"
         )
     return numbers
+
+
+def _days(column: pd.Series, label: str, row: RowName) -> np.ndarray | None:
+    """Return a column of dates as [n] float64, or None if it is of numbers."""
+    kind = pd.api.types.infer_dtype(column, skipna=True)
+    if kind in ("datetime64", "datetime", "date"):
+        return to_days(column)
+    if kind != "string":
+        return None
+    numbers = pd.to_numeric(column, errors="coerce").notna()
+    if looks_dated(column).sum() <= numbers.sum():
+        return None
+    days = parse_days(column)
+    odd = np.isnan(days) & ~find_missing(column.to_numpy(object))
+    if odd.any():
+        i = int(odd.argmax())
+        raise DataError(
+            f"{label} is {column.iloc[i]!r} in {row(i)}, not an ISO 8601 date: "
+            "mend or empty that cell"
+        )
+    return days

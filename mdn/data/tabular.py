@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,12 +18,14 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet
 
-from mdn.data.checks import RowName, check_rows, check_weight, find_missing
+from mdn.data.checks import RowName, check_rows, check_weight
 from mdn.data.files import SUFFIXES, find_files
-from mdn.data.kinds import common_types, to_days, to_number, to_text
+from mdn.data.kinds import common_types, read_text, to_days, to_number, to_text
 from mdn.data.rows import Data, Features, Rows
 from mdn.data.splits import Split, split_data, split_indices, thin
 from mdn.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -122,13 +125,15 @@ class Table(abc.ABC):
             test=self.test,
             seed=self.seed,
         )
-        return split_data(
+        data = split_data(
             Rows(x, y, weight),
             indices,
             features=tuple(features),
             targets=tuple(targets),
             missing=self.missing,
         )
+        _log_categories(data)
+        return data
 
     def _choose(self) -> tuple[list[Path], list[str], list[str]]:
         """Return the files, and the names of the targets and of the features."""
@@ -208,20 +213,7 @@ class Table(abc.ABC):
                 f"feature {name!r} holds {kind} values, not numbers, text or dates: "
                 "leave it out of data.features"
             )
-        known = ~find_missing(column.to_numpy(object))
-        present = column[known].astype(str)
-        if present.str.match(r"\d{4}-\d\d-\d\d").all():
-            days = pd.to_datetime(present, utc=True, format="ISO8601", errors="coerce")
-            if days.notna().all():
-                return to_days(days.reindex(column.index))
-        odd = pd.to_numeric(present, errors="coerce").isna().to_numpy()
-        if 0 < odd.mean() < 0.5:
-            i = int(np.flatnonzero(known)[odd.argmax()])
-            raise DataError(
-                f"feature {name!r} holds numbers but also {column.iloc[i]!r}, in {row(i)}: "
-                f"mend it, or set data.categorical=[{name}]"
-            )
-        return to_text(column)
+        return read_text(column, row)
 
 
 class Csv(Table):
@@ -335,7 +327,9 @@ class Parquet(Table):
                     "data.stream=false"
                 )
         reader = ParquetReader(self, *self._choose())
-        return open_stream(reader, StreamOptions.of(self))
+        data = open_stream(reader, StreamOptions.of(self))
+        _log_categories(data)
+        return data
 
     def _read_all(self, files: list[Path], columns: list[str]) -> list[pd.DataFrame]:
         schemas = {f: attempt(self.kind, f, pyarrow.parquet.read_schema) for f in files}
@@ -375,6 +369,15 @@ def _cells(column: pd.Series) -> str:
     return kind if kind in ("string", "boolean") else "number"
 
 
+def _log_categories(data: Data) -> None:
+    """Say which columns are categories, as one that was meant to be numbers shows here."""
+    columns = data.train.x if isinstance(data.train.x, dict) else {}
+    text = {name: column for name, column in columns.items() if column.dtype == object}
+    if text:
+        counts = [f"{name} {len({*column} - {None})}" for name, column in text.items()]
+        log.info("categories, and their values in the train rows: %s", _join(counts))
+
+
 def _head(file: Path) -> bytes:
     with file.open("rb") as stream:
         return stream.read(4096)
@@ -400,7 +403,11 @@ def attempt(kind: str, file: Path, read: Callable):
         raise DataError(f"{file} cannot be read as {kind}: {first}") from error
 
 
-def _shorten(names: list[str], limit: int = 12) -> str:
+def _shorten(names: list[str]) -> str:
     """Return a list of column names as a phrase of bounded length."""
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ("columns " if len(names) > 1 else "column ") + ", ".join(names[:limit]) + rest
+    return ("columns " if len(names) > 1 else "column ") + _join(names)
+
+
+def _join(words: list[str], limit: int = 12) -> str:
+    rest = f" and {len(words) - limit} more" if len(words) > limit else ""
+    return ", ".join(words[:limit]) + rest
