@@ -226,6 +226,15 @@ def test_columns_mean_what_they_do_in_memory(tmp_path):
         np.testing.assert_array_equal(target, y.astype(np.float32)[at])
 
 
+def test_dictionaries_may_have_unsigned_indices(tmp_path):
+    codes = pa.array([i % 3 if i % 7 else None for i in range(N)], pa.uint32())
+    words = pa.DictionaryArray.from_arrays(codes, ["Rome", "Oslo", "Bern"])  # as Polars writes
+    table = pa.Table.from_pandas(frame(), preserve_index=False)
+    path = write(table.append_column("kind", words), tmp_path / "rows.parquet")
+    x, _ = everything(load(path, missing="indicator"))
+    assert x["kind"].tolist() == words.to_pylist()
+
+
 def test_rows_without_target_are_left_out_and_counted(tmp_path):
     rows = frame()
     rows.loc[rows.index % 5 == 0, ["y", "z"]] = np.nan

@@ -187,7 +187,8 @@ class ParquetReader:
             return to_days(column.to_pandas())
         if not pa.types.is_dictionary(column.type):
             column = column.dictionary_encode()
-        codes = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        # Indices may be unsigned.
+        codes = column.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
         text = to_text(column.dictionary.to_pandas())
         known = np.append([word is not None for word in text], False)
         codes = np.where(known[codes], codes, -1)
