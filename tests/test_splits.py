@@ -66,6 +66,14 @@ def test_rows_of_one_day_stay_together(kind):
     assert max(days[1]) < min(days[2])
 
 
+def test_days_may_lack_their_midnight():
+    times = pd.Series(pd.date_range("2018-10-25", periods=500, freq="h", tz="America/Sao_Paulo"))
+    shuffled = times.sample(frac=1, random_state=0, ignore_index=True)
+    parts = [shuffled[i] for i in split_indices(500, "time", shuffled)]
+    assert parts[0].max() < parts[1].min() <= parts[1].max() < parts[2].min()
+    assert sum(part.dt.date.nunique() for part in parts) == times.dt.date.nunique()
+
+
 def test_groups_stay_together_and_the_row_order_has_no_say():
     key = keys(400)["group"]
     shuffle = np.random.default_rng(1).permutation(400)

@@ -256,6 +256,22 @@ def test_dictionaries_of_several_files_are_categories(stream, tmp_path):
     assert set(collect(data)["day"]) == set(days)
 
 
+@pytest.mark.parametrize(
+    ("split", "cell", "message"),
+    [
+        ("group", "", "is missing in row 3 of .*1.csv, so"),
+        ("column", "dev", "is 'dev' in row 3 of .*1.csv: expected train"),
+        ("time", "soon", "is 'soon' in row 3 of .*1.csv: expected a number or"),
+    ],
+)
+def test_a_cell_of_the_split_column_is_named_by_its_file(split, cell, message, tmp_path):
+    good = {"group": "a", "column": "train", "time": "2020-01-01"}[split]
+    path = write_parts(tmp_path, [[good] * 5, [good] * 3 + [cell, good, good, good]])
+    options = {"split": split, "split_column": "key", "max_rows": 6}  # every second row
+    with pytest.raises(DataError, match=f"data.split_column {message}"):
+        Csv(path, ["y"], **options).load()
+
+
 @pytest.mark.parametrize("kind", SOURCES)
 def test_max_rows_are_even(kind, tmp_path):
     data = load_one(kind, make_frame(), tmp_path, max_rows=10)

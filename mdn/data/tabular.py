@@ -124,6 +124,7 @@ class Table(abc.ABC):
             validation=self.validation,
             test=self.test,
             seed=self.seed,
+            row=row,
         )
         data = split_data(
             Rows(x, y, weight),
