@@ -246,6 +246,20 @@ def test_parquet_columns_are_of_one_kind_in_all_files(tmp_path):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_dates_may_begin_in_the_second_file(stream, tmp_path):
+    frame = make_frame().assign(day=lambda f: f["day"].dt.strftime("%Y-%m-%d"))
+    write(frame.assign(day=None), tmp_path, "parquet", "a")
+    write(frame, tmp_path, "parquet", "b")
+    options = {"missing": "indicator", "stream": stream}
+    days = collect(Parquet(str(tmp_path), ["y"], ["day"], **options).load())["day"]
+    assert (np.nanmin(days), np.isnan(days).sum()) == (18262, N)
+    frame.loc[3, "day"] = "soon"
+    write(frame, tmp_path, "parquet", "b")
+    with pytest.raises(DataError, match=r"holds dates but also 'soon', in row 3 of .*b.parq"):
+        Parquet(str(tmp_path), ["y"], ["day"], **options).load()
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_dictionaries_of_several_files_are_categories(stream, tmp_path):
     frame = make_frame()
     days = frame["day"].dt.strftime("%Y-%m-%d").astype("category")

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mdn.data.blocks import BLOCK_BYTES, BLOCK_ROWS, POOL_BYTES, Block, Words
-from mdn.data.checks import RowName
+from mdn.data.checks import RowName, find_missing
 from mdn.data.kinds import (
     arrow_kind,
     common_types,
@@ -52,7 +52,7 @@ class ParquetReader:
     """Rows of Parquet files with the same columns: a `mdn.data.blocks.Reader`.
 
     The columns mean what they do in `mdn.data.tabular.Table`. Whether text is a date or a
-    category, the first block says.
+    category, the first block that has some says.
 
     Args:
         table: the options.
@@ -137,23 +137,33 @@ class ParquetReader:
 
     def _find_kinds(self, table: Parquet) -> dict[str, str]:
         """Return what each feature is to the model: number, days or text."""
-        batch = next(b for plan in self._plan for b in self._batches(plan) if b.num_rows)
-        kinds = {}
-        for name in self.features:
-            kind = arrow_kind(self._types[name])
-            if name in table.categorical or pa.types.is_dictionary(self._types[name]):
-                kind = "text"
-            elif kind in ("text", "values"):
+        known = {"numbers": "number", "booleans": "number", "dates": "days"}
+        kinds = {name: known.get(arrow_kind(self._types[name]), "text") for name in self.features}
+        kinds |= dict.fromkeys(table.categorical, "text")
+        unseen = [
+            name
+            for name, kind in kinds.items()
+            if kind == "text"
+            and name not in table.categorical
+            and not pa.types.is_dictionary(self._types[name])
+        ]
+        batches = (batch for plan in self._plan for batch in self._batches(plan))
+        start = 0
+        while unseen and (batch := next(batches, None)) is not None:
+
+            def row(i: int, start: int = start) -> str:
+                return self.name(start + i)
+
+            for name in unseen.copy():
                 column = batch.column(name)
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
                 series = column.to_pandas().rename(name)
-                found = table.to_feature(series, self.name)
-                kind = "text"
-                if found.dtype != object and not np.isnan(found).all():
-                    kind = "days"
-            known = {"numbers": "number", "booleans": "number", "dates": "days"}
-            kinds[name] = known.get(kind, kind)
+                found = table.to_feature(series, row)
+                if not find_missing(found).all():
+                    kinds[name] = "text" if found.dtype == object else "days"
+                    unseen.remove(name)
+            start += batch.num_rows
         return kinds
 
     def _block(self, batch: pa.RecordBatch, start: int) -> Block:
