@@ -110,14 +110,20 @@ def test_answers_are_the_models_whatever_the_order_of_the_columns(kind, model, t
     assert {path.name for path in tmp_path.iterdir()} == {f"new.{kind}", "out.parquet"}
 
 
-def test_keys_of_csv_stay_as_they_are(model, tmp_path):
+def test_keys_of_csv_stay_as_they_are(model, tmp_path, small_blocks):
     frame = table(1)
     rest = N - 2
     keys = {
         "zip": ["00501", "99950", *["10001"] * rest],
         "id": ["1234567890123456789", "", *["7"] * rest],
         "long": ["12345678901234567890", "1", *["2"] * rest],
-        "self": ["0.25", "-1e-3", *["3"] * rest],
+        "self": ["0.25", "-0.001", *["3"] * rest],
+        "cost": ["2.0", "0.5", *["1e-07"] * rest],
+        "version": ["1.10", "1.1", *["1.2"] * rest],
+        "power": ["1e5", "2e3", *["100000"] * rest],
+        "fine": ["0.12345678901234567", "0.1", *["7"] * rest],
+        "mixed": ["1", "1.0", *["2.5"] * rest],
+        "late": [*["2.0"] * (N - 1), "1.10"],
         "place": ["a", "", *["b"] * rest],
         "empty": [""] * N,
     }
@@ -128,6 +134,9 @@ def test_keys_of_csv_stay_as_they_are(model, tmp_path):
     assert found["id"].to_pylist()[:3] == [1234567890123456789, None, 7]
     assert found["long"].to_pylist()[:3] == ["12345678901234567890", "1", "2"]
     assert found["self"].to_pylist()[:3] == [0.25, -0.001, 3.0]
+    assert found["cost"].to_pylist()[:3] == [2.0, 0.5, 1e-7]
+    for name in ("version", "power", "fine", "mixed", "late"):
+        assert found[name].to_pylist() == keys[name]
     assert found["place"].to_pylist()[:3] == ["a", None, "b"]
     assert found["empty"].to_pylist() == [None] * N
 

@@ -1,5 +1,7 @@
 """Splits: reproducible, disjoint, complete, and true to days, groups and words."""
 
+import datetime
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -64,12 +66,35 @@ def test_rows_of_one_day_stay_together(kind):
     assert max(days[1]) < min(days[2])
 
 
+def test_days_may_lack_their_midnight():
+    times = pd.Series(pd.date_range("2018-10-25", periods=500, freq="h", tz="America/Sao_Paulo"))
+    shuffled = times.sample(frac=1, random_state=0, ignore_index=True)
+    parts = [shuffled[i] for i in split_indices(500, "time", shuffled)]
+    assert parts[0].max() < parts[1].min() <= parts[1].max() < parts[2].min()
+    assert sum(part.dt.date.nunique() for part in parts) == times.dt.date.nunique()
+
+
 def test_groups_stay_together_and_the_row_order_has_no_say():
     key = keys(400)["group"]
     shuffle = np.random.default_rng(1).permutation(400)
     groups = [set(key[i]) for i in split_indices(400, "group", key)]
     assert sum(map(len, groups)) == len(set(key))
     assert groups == [set(key[shuffle][i]) for i in split_indices(400, "group", key[shuffle])]
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        lambda i: [i, str(i)],
+        lambda i: [float(i), str(i)],
+        lambda i: [datetime.date(2020, 1, 1 + i), pd.Timestamp(2020, 1, 1 + i)],
+    ],
+)
+@pytest.mark.parametrize("dtype", [object, "category"])
+def test_one_key_of_two_types_is_one_group(spelled, dtype):
+    key = pd.Series([spelled(i)[j] for j in (0, 1) for i in range(20)], dtype=object)
+    sides = [set(index % 20) for index in split_indices(40, "group", key.astype(dtype))]
+    assert sum(map(len, sides)) == 20
 
 
 def test_a_huge_unit_leaves_no_split_empty():

@@ -193,7 +193,7 @@ def test_columns_mean_what_they_do_in_memory(tmp_path):
         city=rng.choice(["Rome", "Oslo", "", None], N),
         open=rng.integers(0, 2, N).astype(bool),
         shop=rng.integers(0, 9, N),
-        size=rng.choice([1.0, 2.0, np.nan], N),
+        size=rng.choice([1.0, 2.0, 2.5, np.nan], N),
         day=days,
         time=pd.to_datetime(days) + pd.Timedelta("3h"),
         zone=(pd.to_datetime(days)).tz_localize("Europe/Oslo"),
@@ -224,6 +224,15 @@ def test_columns_mean_what_they_do_in_memory(tmp_path):
             codes, model_codes(model, {name: values[at] for name, values in x.items()})
         )
         np.testing.assert_array_equal(target, y.astype(np.float32)[at])
+
+
+def test_dictionaries_may_have_unsigned_indices(tmp_path):
+    codes = pa.array([i % 3 if i % 7 else None for i in range(N)], pa.uint32())
+    words = pa.DictionaryArray.from_arrays(codes, ["Rome", "Oslo", "Bern"])  # as Polars writes
+    table = pa.Table.from_pandas(frame(), preserve_index=False)
+    path = write(table.append_column("kind", words), tmp_path / "rows.parquet")
+    x, _ = everything(load(path, missing="indicator"))
+    assert x["kind"].tolist() == words.to_pylist()
 
 
 def test_rows_without_target_are_left_out_and_counted(tmp_path):

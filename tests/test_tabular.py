@@ -11,7 +11,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from mdn.data.tabular import Csv, Parquet, to_days
+from mdn.data.kinds import to_days
+from mdn.data.schema import Schema, TableReader
+from mdn.data.tabular import Csv, Parquet
 from mdn.errors import DataError
 
 SOURCES = {"csv": Csv, "parquet": Parquet}
@@ -123,6 +125,16 @@ def test_categorical_numbers(kind, tmp_path):
     assert set(values) == {"0", "1", "2", "3", "4", None}  # not "0.0"
 
 
+def test_a_category_does_not_depend_on_the_rows_around_it(tmp_path):
+    frame = make_frame().assign(stars=np.resize([3.0, 3.5, 4.0, 1e300, np.inf], N))
+    path = write(frame, tmp_path, "parquet")
+    data = Parquet(path, ["y"], ["stars"], categorical=["stars"]).load()
+    assert set(collect(data)["stars"]) == {"3", "3.5", "4", str(int(1e300)), "inf"}
+    whole = write(frame[frame["stars"] == 3], tmp_path, "parquet", "whole")
+    (block,) = TableReader(Schema({"stars": True}, ["y"], False), whole).blocks()
+    assert set(block.x["stars"]) == {"3"}
+
+
 def test_csv_keeps_leading_zeros_of_categories(tmp_path):
     frame = make_frame().assign(zip=lambda f: f["count"].map("0{}".format))
     assert "01" in collect(load_one("csv", frame, tmp_path, categorical=["zip"]))["zip"]
@@ -180,6 +192,98 @@ def test_a_row_is_named_by_its_file(kind, tmp_path):
     write(frame[20:].assign(z=np.inf).reset_index(drop=True), tmp_path, kind, "2")
     with pytest.raises(DataError, match=rf"'z' is inf in row 0 of .*2\.{kind}"):
         SOURCES[kind](str(tmp_path), ["y"]).load()
+
+
+def write_parts(folder: pathlib.Path, parts: list[list]) -> str:
+    """Write a CSV file for each list of cells of `key`, with y = 0, 1, 2 ..; return the folder."""
+    start = 0
+    for i, cells in enumerate(parts):
+        lines = [f"{start + j},{cell}" for j, cell in enumerate(cells)]
+        (folder / f"{i}.csv").write_text("\n".join(["y,key", *lines, ""]))
+        start += len(cells)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([["101", "", "102"], ["101", "A", "B", "C"]], ["101", None, "102", "101", *"ABC"]),
+        ([["007", "008"], ["007", "A", "B", "C"]], ["007", "008", "007", *"ABC"]),
+        ([["True", "False"], ["1", "0"]], ["True", "False", "1", "0"]),
+        ([["", ""], ["7", "8", "9"]], [np.nan, np.nan, 7.0, 8.0, 9.0]),
+    ],
+)
+def test_csv_columns_are_of_one_kind_in_all_files(parts, expected, tmp_path):
+    data = Csv(write_parts(tmp_path, parts), ["y"], missing="indicator").load()
+    found = collect(data)["key"][np.argsort(collect(data, "y")[:, 0])]
+    np.testing.assert_array_equal(found, np.array(expected, found.dtype))
+
+
+def test_no_group_of_several_csv_files_is_on_two_sides(tmp_path):
+    stores = [str(store) for store in range(100, 140)]
+    path = write_parts(tmp_path, [stores, [*stores, "K1"]])
+    data = Csv(path, ["y"], split="group", split_column="key").load()
+    keys = np.array([*stores, *stores, "K1"])
+    sides = [
+        set(keys[rows.y.astype(int)[:, 0]]) for rows in (data.train, data.validation, data.test)
+    ]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 41
+
+
+def test_parquet_columns_are_of_one_kind_in_all_files(tmp_path):
+    frame = make_frame()
+    write(frame, tmp_path, "parquet", "a")
+    write(frame.assign(city=None), tmp_path, "parquet", "b")
+    for stream in (False, True):
+        options = {"missing": "indicator", "stream": stream}
+        x = collect(Parquet(str(tmp_path), ["y"], ["city"], **options).load())
+        assert set(x["city"]) == {"Rome", "Oslo", "Bern", None}
+    for change in ({"count": "many"}, {"open": 1}):
+        (name,) = change
+        write(frame.assign(**change), tmp_path, "parquet", "b")
+        with pytest.raises(DataError, match=rf"'{name}' holds .* in .*b.parquet and .* in .*a.pa"):
+            Parquet(str(tmp_path), ["y"]).load()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_dates_may_begin_in_the_second_file(stream, tmp_path):
+    frame = make_frame().assign(day=lambda f: f["day"].dt.strftime("%Y-%m-%d"))
+    write(frame.assign(day=None), tmp_path, "parquet", "a")
+    write(frame, tmp_path, "parquet", "b")
+    options = {"missing": "indicator", "stream": stream}
+    days = collect(Parquet(str(tmp_path), ["y"], ["day"], **options).load())["day"]
+    assert (np.nanmin(days), np.isnan(days).sum()) == (18262, N)
+    frame.loc[3, "day"] = "soon"
+    write(frame, tmp_path, "parquet", "b")
+    with pytest.raises(DataError, match=r"holds dates but also 'soon', in row 3 of .*b.parq"):
+        Parquet(str(tmp_path), ["y"], ["day"], **options).load()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_dictionaries_of_several_files_are_categories(stream, tmp_path):
+    frame = make_frame()
+    days = frame["day"].dt.strftime("%Y-%m-%d").astype("category")
+    for name, rows in (("a", slice(0, 20)), ("b", slice(20, N))):
+        part = frame[rows].assign(day=days[rows].cat.remove_unused_categories())
+        write(part, tmp_path, "parquet", name)
+    data = Parquet(str(tmp_path), ["y"], ["day"], stream=stream).load()
+    assert set(collect(data)["day"]) == set(days)
+
+
+@pytest.mark.parametrize(
+    ("split", "cell", "message"),
+    [
+        ("group", "", "is missing in row 3 of .*1.csv, so"),
+        ("column", "dev", "is 'dev' in row 3 of .*1.csv: expected train"),
+        ("time", "soon", "is 'soon' in row 3 of .*1.csv: expected a number or"),
+    ],
+)
+def test_a_cell_of_the_split_column_is_named_by_its_file(split, cell, message, tmp_path):
+    good = {"group": "a", "column": "train", "time": "2020-01-01"}[split]
+    path = write_parts(tmp_path, [[good] * 5, [good] * 3 + [cell, good, good, good]])
+    options = {"split": split, "split_column": "key", "max_rows": 6}  # every second row
+    with pytest.raises(DataError, match=f"data.split_column {message}"):
+        Csv(path, ["y"], **options).load()
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -317,6 +421,50 @@ def test_csv_missing_words_and_other_text(tmp_path):
         Csv(path, ["y"], missing="indicator").load()
     data = Csv(path, ["y"], missing="indicator", categorical=["x"]).load()
     assert "five" in collect(data)["x"]
+
+
+DATES = [f"2020-01-{day:02d}" for day in range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([*DATES, "2013-02-30"], "holds dates but also '2013-02-30', in row 8 of .*0.csv"),
+        (["", "unknown", *DATES], "holds dates but also 'unknown', in row 1 of .*0.csv"),
+        (['"1,200"', '"3,400"', "950"], "holds numbers but also '1,200', in row 0"),
+        (["12", '"-1,234,567.5"'], "holds numbers but also '-1,234,567.5', in row 1"),
+    ],
+)
+def test_odd_cells_make_no_category(cells, message, tmp_path):
+    path = write_parts(tmp_path, [cells])
+    with pytest.raises(DataError, match=rf"feature 'key' {message}.*data.categorical=\[key\]"):
+        Csv(path, ["y"], missing="indicator").load()
+
+
+@pytest.mark.parametrize("cells", [[*DATES[:3], "a", "b", "c"], ["1,2", "3,40", "1000,100"]])
+def test_text_is_a_category_and_named_in_the_log(cells, tmp_path, caplog):
+    path = write_parts(tmp_path, [[f'"{cell}"' for cell in cells * 6]])
+    with caplog.at_level("INFO", "mdn"):
+        assert set(collect(Csv(path, ["y"]).load())["key"]) == set(cells)
+    assert f"categories, and their values in the train rows: key {len(cells)}" in caplog.messages
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (["2024-01-01", "2024-01-02", "2024-02-30"], "is '2024-02-30' in row 2 of .*8601 date"),
+        (["2024-02-30"], "is '2024-02-30' in row 0 of .*, not an ISO 8601 date: mend or empty"),
+        (["2024-01-01", "soon", "later"], "is 'soon' in row 1 of .*, not an ISO 8601 date"),
+        (["12", "13", "2024-01-01"], "is '2024-01-01' in row 2 of .*, not a number"),
+        (["soon"], "is 'soon' in row 0 of .*, not a number"),
+    ],
+)
+def test_a_bad_date_of_new_rows_is_named(kind, cells, message, tmp_path):
+    path = write(pd.DataFrame({"when": cells}), tmp_path, kind)
+    reader = TableReader(Schema({"when": False}, ["y"], False), path)
+    with pytest.raises(DataError, match=f"feature 'when' {message}"):
+        list(reader.blocks())
 
 
 def test_csv_dialects(tmp_path):

@@ -127,8 +127,14 @@ class Npz:
     def _split(self, arrays: dict[str, np.ndarray], n: int) -> Indices:
         if self.fold is None:
             key = None if self.split_column is None else arrays[self.split_column]
-            fractions = {"validation": self.validation, "test": self.test}
-            return split_indices(n, self.split, key, seed=self.seed, **fractions)
+            return split_indices(
+                n,
+                self.split,
+                key,
+                validation=self.validation,
+                test=self.test,
+                seed=self.seed,
+            )
         train, test = (arrays[f"{part}_{self.fold:02d}"] for part in ("train", "test"))
         for part, index in (("train", train), ("test", test)):
             if index.dtype.kind not in "iu" or not ((index >= 0) & (index < n)).all():

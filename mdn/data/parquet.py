@@ -14,8 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mdn.data.blocks import BLOCK_BYTES, BLOCK_ROWS, POOL_BYTES, Block, Words
-from mdn.data.checks import RowName
-from mdn.data.tabular import Parquet, attempt, to_days, to_number, to_text
+from mdn.data.checks import RowName, find_missing
+from mdn.data.kinds import (
+    arrow_kind,
+    common_types,
+    odd_cell,
+    parse_days,
+    to_days,
+    to_number,
+    to_text,
+)
+from mdn.data.tabular import Parquet, attempt
 from mdn.errors import DataError
 
 # Of each open column, about a page and as much of the file are in memory at a time.
@@ -43,7 +52,7 @@ class ParquetReader:
     """Rows of Parquet files with the same columns: a `mdn.data.blocks.Reader`.
 
     The columns mean what they do in `mdn.data.tabular.Table`. Whether text is a date or a
-    category, the first block says.
+    category, the first block that has some says.
 
     Args:
         table: the options.
@@ -74,7 +83,8 @@ class ParquetReader:
             np.clip(BLOCK_BYTES // (8 * len(self.used)), LEAST_ROWS, BLOCK_ROWS)
         )
         self.lanes = int(np.clip(POOL_BYTES // (len(self.used) * _COLUMN_BYTES), 1, 4))
-        self._types = self._common_types()
+        schemas = (metadata.schema.to_arrow_schema() for metadata in self._metadata)
+        self._types = common_types(dict(zip(self.files, schemas, strict=True)), self.used)
         self._kinds: dict[str, str] = {}
         self._kinds = self._find_kinds(table)
 
@@ -125,37 +135,35 @@ class ParquetReader:
                 start += rows
         return plan
 
-    def _common_types(self) -> dict[str, pa.DataType]:
-        """Return the type of each column, which is of one kind in every file."""
-        schemas = [metadata.schema.to_arrow_schema() for metadata in self._metadata]
-        for name in self.used:
-            first = _kind(schemas[0].field(name).type)
-            for file, schema in zip(self.files, schemas, strict=True):
-                if (kind := _kind(schema.field(name).type)) != first:
-                    raise DataError(
-                        f"column {name!r} holds {kind} in {file} and {first} in {self.files[0]}: "
-                        "give files of one kind"
-                    )
-        return {name: schemas[0].field(name).type for name in self.used}
-
     def _find_kinds(self, table: Parquet) -> dict[str, str]:
         """Return what each feature is to the model: number, days or text."""
-        batch = next(b for plan in self._plan for b in self._batches(plan) if b.num_rows)
-        kinds = {}
-        for name in self.features:
-            kind = _kind(self._types[name])
-            if name in table.categorical or pa.types.is_dictionary(self._types[name]):
-                kind = "text"
-            elif kind in ("text", "values"):
+        known = {"numbers": "number", "booleans": "number", "dates": "days"}
+        kinds = {name: known.get(arrow_kind(self._types[name]), "text") for name in self.features}
+        kinds |= dict.fromkeys(table.categorical, "text")
+        unseen = [
+            name
+            for name, kind in kinds.items()
+            if kind == "text"
+            and name not in table.categorical
+            and not pa.types.is_dictionary(self._types[name])
+        ]
+        batches = (batch for plan in self._plan for batch in self._batches(plan))
+        start = 0
+        while unseen and (batch := next(batches, None)) is not None:
+
+            def row(i: int, start: int = start) -> str:
+                return self.name(start + i)
+
+            for name in unseen.copy():
                 column = batch.column(name)
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
                 series = column.to_pandas().rename(name)
-                found = table.to_feature(series, self.name)
-                kind = "text"
-                if found.dtype != object and not np.isnan(found).all():
-                    kind = "days"
-            kinds[name] = {"numbers": "number", "dates": "days"}.get(kind, kind)
+                found = table.to_feature(series, row)
+                if not find_missing(found).all():
+                    kinds[name] = "text" if found.dtype == object else "days"
+                    unseen.remove(name)
+            start += batch.num_rows
         return kinds
 
     def _block(self, batch: pa.RecordBatch, start: int) -> Block:
@@ -173,7 +181,7 @@ class ParquetReader:
         return Block(start, x if self.features else np.zeros((len(y), 0)), y, weight)
 
     def _number(self, column: pa.Array, label: str, row: RowName) -> np.ndarray:
-        if _kind(column.type) == "numbers":
+        if arrow_kind(column.type) in ("numbers", "booleans"):
             return _to_float(column)
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
@@ -183,47 +191,25 @@ class ParquetReader:
         kind = self._kinds[name]
         if kind == "number":
             return _to_float(column)
-        if kind == "days" and _kind(column.type) == "dates":
+        if kind == "days" and arrow_kind(column.type) == "dates":
             if pa.types.is_date(column.type):  # pandas would make a Python object of each
                 column = column.cast(pa.timestamp("us"))
             return to_days(column.to_pandas())
         if not pa.types.is_dictionary(column.type):
             column = column.dictionary_encode()
-        codes = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-        values = column.dictionary.to_pandas()
-        text = _words(values)
+        # Indices may be unsigned.
+        codes = column.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+        text = to_text(column.dictionary.to_pandas())
         known = np.append([word is not None for word in text], False)
         codes = np.where(known[codes], codes, -1)
         if kind == "text":
             return Words(codes, np.where(known[:-1], text, ""))
-        times = pd.to_datetime(
-            pd.Series(text, dtype=object), utc=True, format="ISO8601", errors="coerce"
-        )
-        days = np.append(to_days(times), np.nan)
+        days = np.append(parse_days(pd.Series(text, dtype=object)), np.nan)
         odd = np.isnan(days[codes]) & (codes >= 0)
         if odd.any():
             at = int(odd.argmax())
-            raise DataError(
-                f"feature {name!r} holds dates but also {text[codes[at]]!r}, in {row(at)}: "
-                f"mend it, or set data.categorical=[{name}]"
-            )
+            raise odd_cell(name, "dates", text[codes[at]], row(at))
         return days[codes]
-
-
-def _kind(kind: pa.DataType) -> str:
-    """Return what a message calls the values of a column."""
-    types = pa.types
-    if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
-        return "numbers"
-    if types.is_decimal(kind) or types.is_null(kind):
-        return "numbers"
-    if types.is_date(kind) or types.is_timestamp(kind):
-        return "dates"
-    if types.is_dictionary(kind):
-        return "text"
-    if types.is_string(kind) or types.is_large_string(kind):
-        return "text"
-    return "values"
 
 
 def _to_float(column: pa.Array) -> np.ndarray:
@@ -234,13 +220,3 @@ def _to_float(column: pa.Array) -> np.ndarray:
         column = column.cast(pa.float64())
     values = column.to_numpy(zero_copy_only=False)
     return values if values.dtype == np.float32 else values.astype(np.float64)
-
-
-def _words(values: pd.Series) -> np.ndarray:
-    """Return the words of a dictionary, None for what counts as missing."""
-    if pd.api.types.is_float_dtype(values):
-        # Of a block alone it is not known whether all numbers of the column are whole.
-        return np.array(
-            [None if v != v else str(int(v)) if v == int(v) else str(v) for v in values], object
-        )
-    return to_text(values)

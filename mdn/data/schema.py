@@ -9,25 +9,34 @@ Shape letters: D targets, F features.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 
-from mdn.data.checks import FLOAT32_MAX, RowName
+from mdn.data.checks import FLOAT32_MAX, RowName, find_missing
 from mdn.data.files import SUFFIXES, find_files
+from mdn.data.kinds import looks_dated, parse_days, to_days, to_number, to_text, word
 from mdn.data.rows import Features
-from mdn.data.tabular import Csv, Parquet, Table, attempt, to_days, to_number, to_text
+from mdn.data.tabular import Csv, Parquet, Table, attempt
 from mdn.errors import DataError
 
 BLOCK_ROWS = 65_536
 NPZ = SUFFIXES["mdn.data.arrays.Npz"]
 _READ_AHEAD = 2**18
 _PLAIN_NUMBER = r"-?(?!0\d)(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+# A type of number, and how it prints: 3 as 3, or 3 beside 2.5 as 3.0, or as 3.
+_SPELLINGS: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("Int64", str),
+    ("float64", str),
+    ("float64", word),
+)
 
 Pieces = Iterator[tuple[pd.DataFrame, pa.Table, float]]  # frame, columns to keep, share read
 
@@ -173,34 +182,31 @@ class TableReader:
         return TableBlock(x, y, kept, len(frame), share)
 
     def _read_csv(self, file: Path) -> Pieces:
-        size = max(file.stat().st_size, 1)
         text = [name for name, is_text in self.schema.features.items() if is_text]
+        types = self._types
+        # All columns are parsed: with `usecols` pandas overlooks rows of too many cells.
+        for frame, share in _csv_chunks(file, dtype=dict.fromkeys([*text, *types], str)):
+            columns = frame[self.keep].astype(types)
+            yield frame[self._used], pa.Table.from_pandas(columns, preserve_index=False), share
+
+    @functools.cached_property
+    def _types(self) -> dict[str, str]:
+        """The types of the columns of CSV to keep that the model does not know.
+
+        One is a number where every text of it, in all blocks, is what that number prints as: a key
+        such as 00501, 1.10 or 1e5 stays text.
+        """
         known = {*self.schema.features, *self.schema.targets}
         others = [name for name in self.keep if name not in known]
-        with warnings.catch_warnings(), file.open("rb") as stream:
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # as `Csv` has it
-            chunks = attempt(
-                Csv.kind,
-                file,
-                lambda _: pd.read_csv(
-                    stream,
-                    chunksize=BLOCK_ROWS,
-                    index_col=False,
-                    dtype=dict.fromkeys([*text, *others], str),
-                    compression="gzip" if file.suffix == ".gz" else None,
-                    encoding="utf-8-sig",
-                    skipinitialspace=True,
-                    low_memory=False,
-                    float_precision="round_trip",
-                ),
-            )
-            # All columns are parsed: with `usecols` pandas overlooks rows of too many cells.
-            while (frame := attempt(Csv.kind, file, lambda _: next(chunks, None))) is not None:
-                columns = frame[self.keep].copy()
+        fits: dict[str, set[int]] = {}
+        for file in self.files if others else []:
+            for frame, _ in _csv_chunks(file, dtype=str, usecols=others):
                 for name in others:
-                    columns[name] = _restored(columns[name])
-                kept = pa.Table.from_pandas(columns, preserve_index=False)
-                yield frame[self._used], kept, min(stream.tell() / size, 1.0)
+                    if len(text := frame[name].dropna()):
+                        fits[name] = _spellings(text, fits.get(name, {*range(len(_SPELLINGS))}))
+        return {
+            name: _SPELLINGS[min(fits[name])][0] if fits.get(name) else "object" for name in others
+        }
 
     def _read_parquet(self, file: Path) -> Pieces:
         with attempt(
@@ -225,21 +231,44 @@ def column_of(table: pa.Table, name: str) -> np.ndarray:
     return _number(table[name].to_pandas().rename(name), f"column {name!r}", "row {}".format)
 
 
-def _restored(column: pd.Series) -> pd.Series:
-    """Return a column of text as numbers, with NA where it is empty, unless that loses any of it.
+def _csv_chunks(file: Path, **options: Any) -> Iterator[tuple[pd.DataFrame, float]]:
+    """Yield `BLOCK_ROWS` rows of a CSV file at a time, and the share of it that is read."""
+    size = max(file.stat().st_size, 1)
+    with warnings.catch_warnings(), file.open("rb") as stream:
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # as `Csv` has it
+        chunks = attempt(
+            Csv.kind,
+            file,
+            lambda _: pd.read_csv(
+                stream,
+                chunksize=BLOCK_ROWS,
+                index_col=False,
+                compression="gzip" if file.suffix == ".gz" else None,
+                encoding="utf-8-sig",
+                skipinitialspace=True,
+                low_memory=False,
+                float_precision="round_trip",
+                **options,
+            ),
+        )
+        while (frame := attempt(Csv.kind, file, lambda _: next(chunks, None))) is not None:
+            yield frame, min(stream.tell() / size, 1.0)
 
-    A key such as 00501, or one with more digits than a number of its kind has, stays text.
-    """
-    text = column.dropna()
-    if text.empty or not text.str.fullmatch(_PLAIN_NUMBER).all():
-        return column
-    if text.str.fullmatch(r"-?\d+").all():
+
+def _spellings(text: pd.Series, candidates: set[int]) -> set[int]:
+    """Return those of some `_SPELLINGS` by which every text is what its number prints as."""
+    if not text.str.fullmatch(_PLAIN_NUMBER).all():
+        return set()
+    found = set()
+    for i in candidates:
+        kind, spell = _SPELLINGS[i]
         try:
-            return column.astype("Int64")
-        except (OverflowError, ValueError):
-            return column
-    numbers = column.astype("float64")
-    return column if (numbers.abs() >= 2.0**53).any() else numbers
+            numbers = text.astype(kind)
+        except (OverflowError, TypeError, ValueError):
+            continue
+        if (numbers.map(spell) == text).all():
+            found.add(i)
+    return found
 
 
 def _kind_of(file: Path) -> type[Table]:
@@ -254,16 +283,8 @@ def _kind_of(file: Path) -> type[Table]:
 
 def _number(column: pd.Series, label: str, row: RowName, dates: bool = False) -> np.ndarray:
     """Return a column of numbers, or of dates where a feature may be one, as [n] float64."""
-    if dates and len(column):
-        kind = pd.api.types.infer_dtype(column, skipna=True)
-        if kind in ("datetime64", "datetime", "date"):
-            return to_days(column)
-        if kind == "string":
-            present = column.dropna()
-            if present.str.match(r"\d{4}-\d\d-\d\d").all():
-                days = pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce")
-                if not (days.isna() & column.notna()).any():
-                    return to_days(days)
+    if dates and (days := _days(column, label, row)) is not None:
+        return days
     numbers = to_number(column, label, row)
     odd = np.abs(numbers) > FLOAT32_MAX
     if odd.any():
@@ -273,3 +294,24 @@ def _number(column: pd.Series, label: str, row: RowName, dates: bool = False) ->
             "cell"
         )
     return numbers
+
+
+def _days(column: pd.Series, label: str, row: RowName) -> np.ndarray | None:
+    """Return a column of dates as [n] float64, or None if it is of numbers."""
+    kind = pd.api.types.infer_dtype(column, skipna=True)
+    if kind in ("datetime64", "datetime", "date"):
+        return to_days(column)
+    if kind != "string":
+        return None
+    numbers = pd.to_numeric(column, errors="coerce").notna()
+    if looks_dated(column).sum() <= numbers.sum():
+        return None
+    days = parse_days(column)
+    odd = np.isnan(days) & ~find_missing(column.to_numpy(object))
+    if odd.any():
+        i = int(odd.argmax())
+        raise DataError(
+            f"{label} is {column.iloc[i]!r} in {row(i)}, not an ISO 8601 date: "
+            "mend or empty that cell"
+        )
+    return days

@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from mdn.data.checks import check_rows
+from mdn.data.checks import RowName, check_rows
+from mdn.data.kinds import to_text
 from mdn.data.rows import Data, Rows
 from mdn.errors import ConfigError, DataError
 
@@ -29,6 +30,7 @@ def split_indices(
     validation: float = 0.1,
     test: float = 0.1,
     seed: int = 0,
+    row: RowName = "row {}".format,
 ) -> Indices:
     """Return the row numbers of the train, validation and test rows, each in ascending order.
 
@@ -42,6 +44,7 @@ def split_indices(
         validation: fraction of the rows, met as nearly as whole days or groups allow.
         test: likewise.
         seed: of the random order of rows or groups.
+        row: what a message calls the row at a position.
 
     Raises:
         DataError: an option, a key or a fraction cannot be used, or a split would be empty.
@@ -56,7 +59,7 @@ def split_indices(
             )
         unit = np.arange(n)
     else:
-        unit = _units(split, key)
+        unit = _units(split, key, row)
     if split == "column":
         return _take_sides(unit)
 
@@ -141,34 +144,43 @@ def thin(n: int, max_rows: int | None) -> np.ndarray:
     return np.arange(max_rows) * n // max_rows
 
 
-def _units(split: str, key: np.ndarray | pd.Series | None) -> np.ndarray:
+def _units(split: str, key: np.ndarray | pd.Series | None, row: RowName) -> np.ndarray:
     """Return each row's day, group or side as an integer from 0 on, [N]."""
     if key is None:
         raise DataError(f"data.split={split} needs a column: set data.split_column")
     values = pd.Series(key).reset_index(drop=True)
     if (absent := values.isna()).any():
+        place = row(int(absent.argmax()))
         raise DataError(
-            f"data.split_column is missing in row {absent.argmax()}, so that it has no side: "
+            f"data.split_column is missing in {place}, so that it has no side: "
             "fill it in, or set data.split=random"
         )
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.astype(values.cat.categories.dtype)
+    kind = pd.api.types.infer_dtype(values)
+    if kind in ("mixed", "mixed-integer"):
+        values = pd.Series(to_text(values))  # or 100 and "100" would be two groups
+    elif kind in ("date", "datetime"):
+        values = pd.to_datetime(values, utc=True)
     text = not pd.api.types.is_numeric_dtype(values) and values.dtype.kind != "M"
     if split == "column":
         sides = values.astype(str).str.strip().str.lower().map(_WORDS)
-        _refuse(sides.isna(), values, "train, validation or test")
+        _refuse(sides.isna(), values, row, "train, validation or test")
         return sides.to_numpy(int)
     if split == "time" and text:
         times = pd.to_datetime(values, utc=True, format="ISO8601", errors="coerce")
-        _refuse(times.isna(), values, "a number or an ISO 8601 date such as 2013-12-31")
+        _refuse(times.isna(), values, row, "a number or an ISO 8601 date such as 2013-12-31")
         values = times
     if split == "time" and values.dtype.kind == "M":
-        values = values.dt.floor("D")
+        # By the clock of its zone, without the zone: where clocks change, midnight may not exist.
+        values = values.dt.tz_localize(None).dt.floor("D")
     return values.factorize(sort=True)[0]
 
 
-def _refuse(bad: pd.Series, values: pd.Series, expected: str) -> None:
+def _refuse(bad: pd.Series, values: pd.Series, row: RowName, expected: str) -> None:
     if bad.any():
-        i = bad.argmax()
-        raise DataError(f"data.split_column is {values[i]!r} in row {i}: expected {expected}")
+        i = int(bad.argmax())
+        raise DataError(f"data.split_column is {values[i]!r} in {row(i)}: expected {expected}")
 
 
 def _take_sides(side: np.ndarray) -> Indices:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +18,14 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet
 
-from mdn.data.checks import RowName, check_rows, check_weight, find_missing
+from mdn.data.checks import RowName, check_rows, check_weight
 from mdn.data.files import SUFFIXES, find_files
+from mdn.data.kinds import common_types, read_text, to_days, to_number, to_text
 from mdn.data.rows import Data, Features, Rows
 from mdn.data.splits import Split, split_data, split_indices, thin
 from mdn.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -77,6 +81,10 @@ class Table(abc.ABC):
     def _read(self, file: Path, columns: list[str]) -> pd.DataFrame:
         """Read these columns."""
 
+    def _read_all(self, files: list[Path], columns: list[str]) -> list[pd.DataFrame]:
+        """Read these columns, each of one kind in all files."""
+        return [attempt(self.kind, file, lambda f: self._read(f, columns)) for file in files]
+
     def load(self) -> Data:
         """Read, check and split the rows.
 
@@ -86,10 +94,13 @@ class Table(abc.ABC):
         files, targets, features = self._choose()
         options = [self.weight, self.split_column]
         used = list(dict.fromkeys([*targets, *features, *filter(None, options)]))
-        frames = [attempt(self.kind, file, lambda f: self._read(f, used)) for file in files]
+        frames = self._read_all(files, used)
         frame = pd.concat(frames, keys=[str(file) for file in files], names=["file", "row"])
         if frame.empty:
             raise DataError(f"{self.path} has column names but no rows: give a file with rows")
+        for name in used:  # what joins columns forgets that they are categories
+            if any(isinstance(part[name].dtype, pd.CategoricalDtype) for part in frames):
+                frame[name] = frame[name].astype("category")
         frame = frame.iloc[thin(len(frame), self.max_rows)]
 
         def row(i: int) -> str:
@@ -113,14 +124,17 @@ class Table(abc.ABC):
             validation=self.validation,
             test=self.test,
             seed=self.seed,
+            row=row,
         )
-        return split_data(
+        data = split_data(
             Rows(x, y, weight),
             indices,
             features=tuple(features),
             targets=tuple(targets),
             missing=self.missing,
         )
+        _log_categories(data)
+        return data
 
     def _choose(self) -> tuple[list[Path], list[str], list[str]]:
         """Return the files, and the names of the targets and of the features."""
@@ -200,27 +214,15 @@ class Table(abc.ABC):
                 f"feature {name!r} holds {kind} values, not numbers, text or dates: "
                 "leave it out of data.features"
             )
-        known = ~find_missing(column.to_numpy(object))
-        present = column[known].astype(str)
-        if present.str.match(r"\d{4}-\d\d-\d\d").all():
-            days = pd.to_datetime(present, utc=True, format="ISO8601", errors="coerce")
-            if days.notna().all():
-                return to_days(days.reindex(column.index))
-        odd = pd.to_numeric(present, errors="coerce").isna().to_numpy()
-        if 0 < odd.mean() < 0.5:
-            i = int(np.flatnonzero(known)[odd.argmax()])
-            raise DataError(
-                f"feature {name!r} holds numbers but also {column.iloc[i]!r}, in {row(i)}: "
-                f"mend it, or set data.categorical=[{name}]"
-            )
-        return to_text(column)
+        return read_text(column, row)
 
 
 class Csv(Table):
     """Rows of CSV files in UTF-8, with commas and a line of column names.
 
     Columns without a name, such as a saved index, are left out. Text whose every cell is an ISO
-    8601 date counts as dates. pandas decides what is missing: an empty cell, NA, n/a, null, NaN...
+    8601 date counts as dates. A column that is text in one file is text in all of them. pandas
+    decides what is missing: an empty cell, NA, n/a, null, NaN...
     """
 
     kind = "CSV"
@@ -245,14 +247,24 @@ class Csv(Table):
         )
         return [name for name in line.iloc[0] if name]
 
-    def _read(self, file: Path, columns: list[str]) -> pd.DataFrame:
+    def _read_all(self, files: list[Path], columns: list[str]) -> list[pd.DataFrame]:
+        frames = super()._read_all(files, columns)
+        kinds = {name: {_cells(frame[name]) for frame in frames} for name in columns}
+        if mixed := [name for name in columns if len(kinds[name] - {"nothing"}) > 1]:
+            # 100 of a file of numbers and "100" of a file with text would be two values.
+            frames = [
+                attempt(self.kind, file, lambda f: self._read(f, columns, mixed)) for file in files
+            ]
+        return frames
+
+    def _read(self, file: Path, columns: list[str], text: Sequence[str] = ()) -> pd.DataFrame:
         with warnings.catch_warnings():
             # More cells than names: pandas would take the first column for an index, or cut cells.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             frame = pd.read_csv(
                 file,
                 index_col=False,
-                dtype=dict.fromkeys(self.categorical, str),
+                dtype=dict.fromkeys([*self.categorical, *text], str),
                 encoding="utf-8-sig",
                 skipinitialspace=True,
                 low_memory=False,
@@ -316,7 +328,14 @@ class Parquet(Table):
                     "data.stream=false"
                 )
         reader = ParquetReader(self, *self._choose())
-        return open_stream(reader, StreamOptions.of(self))
+        data = open_stream(reader, StreamOptions.of(self))
+        _log_categories(data)
+        return data
+
+    def _read_all(self, files: list[Path], columns: list[str]) -> list[pd.DataFrame]:
+        schemas = {f: attempt(self.kind, f, pyarrow.parquet.read_schema) for f in files}
+        common_types(schemas, columns)
+        return super()._read_all(files, columns)
 
     def _read(self, file: Path, columns: list[str]) -> pd.DataFrame:
         with pyarrow.parquet.ParquetFile(file) as stream:
@@ -341,6 +360,23 @@ def check_column(option: str, name: str, names: list[str], path: str | None) -> 
         raise DataError(
             f"data.{option}: there is no column {name!r} in {path}: {hint}It has {_shorten(names)}"
         )
+
+
+def _cells(column: pd.Series) -> str:
+    """Return what the cells of a column of a CSV file are."""
+    if column.isna().all():
+        return "nothing"
+    kind = pd.api.types.infer_dtype(column, skipna=True)
+    return kind if kind in ("string", "boolean") else "number"
+
+
+def _log_categories(data: Data) -> None:
+    """Say which columns are categories, as one that was meant to be numbers shows here."""
+    columns = data.train.x if isinstance(data.train.x, dict) else {}
+    text = {name: column for name, column in columns.items() if column.dtype == object}
+    if text:
+        counts = [f"{name} {len({*column} - {None})}" for name, column in text.items()]
+        log.info("categories, and their values in the train rows: %s", _join(counts))
 
 
 def _head(file: Path) -> bytes:
@@ -368,55 +404,11 @@ def attempt(kind: str, file: Path, read: Callable):
         raise DataError(f"{file} cannot be read as {kind}: {first}") from error
 
 
-def to_number(column: pd.Series, label: str, row: RowName) -> np.ndarray:
-    """Return a target or weight column as [N] float64, NaN where missing.
-
-    Args:
-        column: [N].
-        label: what a message calls it.
-        row: what a message calls the row at a position.
-
-    Raises:
-        DataError: a cell is no number.
-    """
-    kind = pd.api.types.infer_dtype(column, skipna=True)
-    if kind in ("datetime64", "datetime", "date", "timedelta64", "timedelta"):
-        raise DataError(f"{label} holds dates or durations, not numbers: convert it to numbers")
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        column = column.astype(object)
-    try:
-        numbers = pd.to_numeric(column, errors="coerce").astype("float64")
-    except OverflowError as error:
-        raise DataError(f"{label} holds an integer beyond float64: mend that cell") from error
-    odd = (numbers.isna() & column.notna()).to_numpy()
-    if odd.any():
-        i = int(odd.argmax())
-        raise DataError(
-            f"{label} is {column.iloc[i]!r} in {row(i)}, not a number: mend or empty that cell"
-        )
-    return numbers.to_numpy(np.float64, na_value=np.nan)
-
-
-def to_text(column: pd.Series) -> np.ndarray:
-    """Return a column as an object array of str, None where missing or empty."""
-    values = column.astype(object)
-    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
-        values = column.astype("Int64").astype(object)  # a missing value made integers floats
-    text = values.map(str, na_action="ignore").to_numpy(object, copy=True)
-    text[find_missing(text)] = None
-    return text
-
-
-def to_days(column: pd.Series) -> np.ndarray:
-    """Return dates as days since 1970-01-01 UTC, [N] float64; dates without a zone are in UTC."""
-    times = pd.to_datetime(column, utc=True)
-    unit = times.dt.unit  # nanoseconds, which pandas would take, end in the year 2262
-    epoch, day = pd.Timestamp(0, tz="UTC").as_unit(unit), pd.Timedelta(days=1).as_unit(unit)
-    days = (times - epoch) / day
-    return days.to_numpy(np.float64, na_value=np.nan)
-
-
-def _shorten(names: list[str], limit: int = 12) -> str:
+def _shorten(names: list[str]) -> str:
     """Return a list of column names as a phrase of bounded length."""
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ("columns " if len(names) > 1 else "column ") + ", ".join(names[:limit]) + rest
+    return ("columns " if len(names) > 1 else "column ") + _join(names)
+
+
+def _join(words: list[str], limit: int = 12) -> str:
+    rest = f" and {len(words) - limit} more" if len(words) > limit else ""
+    return ", ".join(words[:limit]) + rest
