@@ -43,7 +43,9 @@ class RunDirectory:
     """The directory of one run.
 
     Args:
-        config: the checked config; `output_dir` names the directory, or None for a new one.
+        config: the checked config; `output_dir` names the directory, or None for a new one. With
+            `overwrite` a run that is there is replaced, but for an unfinished one with this
+            config that was itself started with `overwrite`: it is resumed.
         overrides: the command line, for `.hydra/overrides.yaml`.
 
     Raises:
@@ -78,9 +80,10 @@ class RunDirectory:
             return False
         if not (self / ".hydra" / "config.yaml").is_file():
             raise RunError(f"output_dir={self.path} holds other files: name a new directory")
+        finished = (self / "metrics.json").exists()
         if self.overwrite:
-            return False
-        if (self / "metrics.json").exists():
+            return not finished and self._replaced_another()
+        if finished:
             raise RunError(
                 f"output_dir={self.path} holds a finished run: set overwrite=true to replace it"
             )
@@ -93,14 +96,23 @@ class RunDirectory:
             )
         return True
 
+    def _replaced_another(self) -> bool:
+        """Return whether the run that is there was started by this command, with `overwrite`."""
+        try:
+            before = read_config(self.path)
+        except RunError:
+            return False
+        same = _comparable(before) == _comparable(self.config)
+        return same and bool(before.get("overwrite"))
+
     def create(self) -> None:
-        """Make the directory with `.hydra/`; with `overwrite`, remove the run before.
+        """Make the directory with `.hydra/`; with `overwrite`, remove what is not resumed.
 
         Raises:
             RunError: it cannot be written.
         """
         try:
-            if self.overwrite:
+            if self.overwrite and not self.resumed:
                 for name in (*CONTENTS, *EXPORTED):
                     _remove(self / name)
             (self / ".hydra").mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,30 @@ def test_finished_run_is_refused_and_replaced_only_when_asked(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_unfinished_run_that_was_to_replace_another_is_resumed(tmp_path):
+    RunDirectory(config(tmp_path)).create()
+    assert not RunDirectory(config(tmp_path, "overwrite=true")).resumed  # as it was asked for
+    RunDirectory(config(tmp_path, "overwrite=true")).create()
+    (tmp_path / "checkpoints").mkdir()
+    again = RunDirectory(config(tmp_path, "overwrite=true"))
+    assert again.resumed
+    again.create()
+    assert (tmp_path / "checkpoints").exists()
+    assert not RunDirectory(config(tmp_path, "overwrite=true", "k=5")).resumed
+    again.write_json("metrics.json", {"test/nll": 1.0})
+    finished = RunDirectory(config(tmp_path, "overwrite=true"))
+    assert not finished.resumed
+    finished.create()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("content", ["a: [", "a: ${b}", "[1]"])
+def test_a_config_that_cannot_be_read_is_replaced(content, tmp_path):
+    RunDirectory(config(tmp_path)).create()
+    (tmp_path / ".hydra" / "config.yaml").write_text(content)
+    assert not RunDirectory(config(tmp_path, "overwrite=true")).resumed
+
+
 def test_a_folder_of_other_things_is_never_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     for extra in ([], ["overwrite=true"]):
