@@ -28,7 +28,13 @@ from mdn.inputs import open_rows
 from mdn.model import load
 from mdn.options import FITTED, GENERATIVE
 from mdn.prediction import QUANTILES, Prediction, file_identity, predict_file
-from mdn.runs import check_run, place_of_candidate, place_of_variant, read_config
+from mdn.runs import (
+    check_run,
+    place_of_candidate,
+    place_of_variant,
+    read_config,
+    read_fingerprint,
+)
 from mdn.tasks import get_task
 
 FORMATS = ("saved_model", "litert", "onnx")
@@ -142,9 +148,15 @@ def evaluate_run(
         table: as for `data_of`.
         output: a JSON file for the metrics.
         trust: as for `load_run` and `data_of`.
+
+    Raises:
+        RunError: the rows of the run are not those that it was trained on.
     """
     model, config = load_run(run, trust=trust)
-    metrics = finite(get_task(config).score(model, data_of(model, config, table, trust=trust)))
+    data = data_of(model, config, table, trust=trust)
+    if table is None:
+        _check_unchanged(Path(run), data)
+    metrics = finite(get_task(config).score(model, data))
     if output is not None:
         try:
             Path(output).write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
@@ -170,12 +182,28 @@ def plot_run(
 
     Returns:
         The files.
+
+    Raises:
+        RunError: the rows of the run are not those that it was trained on.
     """
     model, config = load_run(run, trust=trust)
     folder = Path(run) / "plots" if output is None else Path(output)
     data = data_of(model, config, table, trust=trust)
+    if table is None:
+        _check_unchanged(Path(run), data)
     get_task(config).judge(model, data, _history(Path(run)), folder)
     return sorted(folder.glob("*.png"))
+
+
+def _check_unchanged(run: Path, data: Data) -> None:
+    """Raise a RunError where rows that the run learned from may now be among its test rows."""
+    if data.truth is not None:
+        return  # of a simulator, whose draws another machine may round in another way
+    if (before := read_fingerprint(run)) is not None and before != data.fingerprint():
+        raise RunError(
+            f"the data of {run} have changed since it was trained, so that it may have learned "
+            "from its test rows: give a file of new rows"
+        )
 
 
 def _history(run: Path) -> dict[str, list[float]]:

@@ -223,6 +223,15 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise RunError(f"{path}: there is no folder {path.parent}")
 
 
+def read_fingerprint(run: Path) -> str | None:
+    """Return the SHA-256 of the rows that a finished run learned from, or None if it is unknown."""
+    try:
+        found = json.loads((run / "provenance.json").read_text("utf-8"))["data_sha256"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def provenance(config: DictConfig, fingerprint: str) -> dict[str, Any]:
     """Return what it takes to make a run again: versions, seed, data hash, command, revision."""
     packages = ("mdn", "numpy", "tensorflow", "tensorflow-probability", "tf-keras", "hydra-core")

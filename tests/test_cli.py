@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,23 @@ def test_evaluation_of_a_run_is_that_of_its_training(run, tmp_path):
     for name in ("test/nll", "test/n", "test/rmse", "baseline/nll"):
         assert metrics[name] == pytest.approx(before[name], rel=1e-5)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+
+
+def test_rows_that_have_changed_are_no_test_rows(run, tmp_path):
+    table = run.parent.parent / "rows.csv"
+    before = table.read_text()
+    pd.concat([rows(50, seed=9), pd.read_csv(table)]).to_csv(table, index=False)
+    try:
+        for judge in (evaluate_run, plot_run):
+            with pytest.raises(RunError, match=r"have changed since .*: give a file of new rows"):
+                judge(run)
+        assert evaluate_run(run, str(table))["test/n"] == 350
+        copy = tmp_path / "copy"
+        shutil.copytree(run, copy)
+        (copy / "provenance.json").write_text("{}")  # as of a run that was interrupted
+        assert evaluate_run(copy)["test/n"] == 35
+    finally:
+        table.write_text(before)
 
 
 def test_evaluation_on_a_table(run, tmp_path):
