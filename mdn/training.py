@@ -40,6 +40,7 @@ from mdn.selection import choose, held_out_nll, held_out_weight
 from mdn.stacking import stack
 from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task
+from mdn.warm_start import check_start
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def train(
     """
     first_step = FirstStep(time.monotonic() if launched is None else launched)
     directory = RunDirectory(config, overrides)
+    check_start(config)
     strategy = make(config, "strategy")
     seed_everything(config)
     ignored = config.model._target_ == GENERATIVE and "missing" in config.data

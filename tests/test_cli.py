@@ -110,6 +110,8 @@ def test_every_command_has_help_with_an_example(name, monkeypatch, capsys):
         (["train", "kk=3"], "kk=3: kk is no option"),
         (["train", "data=csv", "data.path=none.csv"], "data.path=none.csv matches no file"),
         (["train", "data=npz"], "data.path is not set"),
+        (["train", "init_from=none"], "init_from=none has no model.keras: name a run"),
+        (["train", "output_dir=/dev/null"], "output_dir=/dev/null is a file: name a directory"),
         (["train", "--bogus"], "unrecognized arguments: --bogus; see mdn train --help"),
         (["train", "--cfg", "job", "kk=3"], "kk=3: kk is no option"),
         (["train", "-m", "seed=0,1", "kk=1,2"], "kk=1: kk is no option"),
