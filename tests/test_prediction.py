@@ -311,6 +311,16 @@ def test_wrong_arrays_are_one_line_and_leave_nothing(arrays, message, tmp_path):
     assert not (tmp_path / "out.parquet").exists()
 
 
+def test_files_of_which_some_have_targets_are_refused_at_once(tmp_path):
+    model, y = sequence_model(True)
+    (data := tmp_path / "rows").mkdir()
+    np.savez(data / "a.npz", x=STEPS)
+    np.savez(data / "b.npz", x=STEPS, y=y)
+    with pytest.raises(DataError, match=r"a.npz has no array 'y' and .*b.npz has one: give files"):
+        predict(model, data, tmp_path / "out.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+
+
 def test_rows_of_the_other_kind_are_refused(model, tmp_path):
     np.savez(tmp_path / "new.npz", x=STEPS)
     with pytest.raises(RunError, match="takes columns by their names: give a CSV or Parquet"):
