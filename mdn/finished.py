@@ -29,11 +29,13 @@ from mdn.model import load
 from mdn.options import FITTED, GENERATIVE
 from mdn.prediction import QUANTILES, Prediction, file_identity, predict_file
 from mdn.runs import (
+    check_output,
     check_run,
     place_of_candidate,
     place_of_variant,
     read_config,
     read_fingerprint,
+    write_json,
 )
 from mdn.tasks import get_task
 
@@ -139,6 +141,7 @@ def evaluate_run(
     table: str | None = None,
     output: str | os.PathLike[str] | None = None,
     *,
+    overwrite: bool = False,
     trust: Sequence[str] = (),
 ) -> dict[str, float]:
     """Return the metrics of a run on its own test rows, or on those of a table; see `data_of`.
@@ -147,21 +150,22 @@ def evaluate_run(
         run: the run directory.
         table: as for `data_of`.
         output: a JSON file for the metrics.
+        overwrite: replace `output`, once the new one is whole.
         trust: as for `load_run` and `data_of`.
 
     Raises:
-        RunError: the rows of the run are not those that it was trained on.
+        RunError: the rows of the run are not those that it was trained on; or `output` exists, or
+            cannot be written.
     """
+    if output is not None:
+        check_output(Path(output), overwrite)
     model, config = load_run(run, trust=trust)
     data = data_of(model, config, table, trust=trust)
     if table is None:
         _check_unchanged(Path(run), data)
     metrics = finite(get_task(config).score(model, data))
     if output is not None:
-        try:
-            Path(output).write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
-        except OSError as error:
-            raise RunError(f"cannot write {output}: {error.strerror}") from error
+        write_json(Path(output), metrics)
     return metrics
 
 

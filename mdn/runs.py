@@ -140,18 +140,8 @@ class RunDirectory:
             handler.close()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file, whole or not at all.
-
-        Raises:
-            RunError: it cannot be written.
-        """
-        partial = self / f".{name}.partial"
-        try:
-            partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-            os.replace(partial, self / name)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise RunError(f"cannot write {self / name}: {error.strerror}") from error
+        """Write a JSON file into the directory; see the function `write_json`."""
+        write_json(self / name, content)
 
 
 class _LogFile(logging.FileHandler):
@@ -207,20 +197,47 @@ def read_config(run: Path) -> DictConfig:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Check, before any work, that a Parquet file can be written at `path`.
+    """Check, before any work, that a file can be written at `path`.
 
     Raises:
-        ConfigError: its name has another ending.
         RunError: something is there, or it is no place for a file.
     """
-    if path.suffix != ".parquet":
-        raise ConfigError(f"{path}: the answer is a Parquet file; end its name in .parquet")
     if path.is_dir():
         raise RunError(f"{path} is a folder: name a file")
     if path.exists() and not overwrite:
         raise RunError(f"{path} exists: name another file, or give --overwrite")
-    if not path.resolve().parent.is_dir():
+    parent = path.resolve().parent
+    if not parent.is_dir():
         raise RunError(f"{path}: there is no folder {path.parent}")
+    if not os.access(parent, os.W_OK):
+        raise RunError(f"{path} cannot be written: {path.parent} is read-only; name another")
+
+
+def check_answer(path: Path, overwrite: bool) -> None:
+    """Check, before any work, that a Parquet file can be written at `path`.
+
+    Raises:
+        ConfigError: its name has another ending.
+        RunError: as of `check_output`.
+    """
+    if path.suffix != ".parquet":
+        raise ConfigError(f"{path}: the answer is a Parquet file; end its name in .parquet")
+    check_output(path, overwrite)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_fingerprint(run: Path) -> str | None:

@@ -12,6 +12,7 @@ import time
 import urllib.request
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -105,6 +106,8 @@ def test_every_command_has_help_with_an_example(name, monkeypatch, capsys):
         (["predict", ".", "b", "-o", "c.csv"], "end its name in .parquet"),
         (["export", "a", "--format", "pickle"], "'pickle' is not"),
         (["evaluate", "none"], "none is no run directory"),
+        (["evaluate", ".", "-o", "none/a.json"], "none/a.json: there is no folder none"),
+        (["evaluate", ".", "-o", "/dev/null"], "/dev/null exists: name another file, or give"),
         (["plot", "."], "it has no .hydra/config.yaml"),
         (["runs", "none"], "none is no folder"),
         (["train", "kk=3"], "kk=3: kk is no option"),
@@ -192,6 +195,23 @@ def test_evaluation_of_a_run_is_that_of_its_training(run, tmp_path):
     for name in ("test/nll", "test/n", "test/rmse", "baseline/nll"):
         assert metrics[name] == pytest.approx(before[name], rel=1e-5)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+
+
+def test_metrics_replace_a_file_whole_and_only_when_asked(run, tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    path.write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr("mdn.finished.load_run", None)  # told before any work
+        with pytest.raises(RunError, match="exists: name another file, or give --overwrite"):
+            evaluate_run(run, output=path)
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(RunError, match=r"cannot write .*metrics.json: No space left on device"):
+        evaluate_run(run, output=path, overwrite=True)
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    metrics = evaluate_run(run, output=path, overwrite=True)
+    assert json.loads(path.read_text()) == metrics
 
 
 def test_rows_that_have_changed_are_no_test_rows(run, tmp_path):
