@@ -369,6 +369,27 @@ def test_runs_are_listed_best_first_by_their_rows(tmp_path, capsys, monkeypatch)
         print_runs(find_runs(tmp_path), "nope")
 
 
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("test/coverage90", [0.91, 0.87, 0.95, 0.2]),
+        ("test/region_coverage50", [0.5, 0.4, 1.0]),
+        ("test/crps", [0.1, 0.2]),
+        ("test/crps_skill/price", [0.6, 0.2]),
+        ("test/pit_p", [0.4, 0.001]),
+        ("sbc/p/t", [0.4, 0.001]),
+    ],
+)
+def test_the_best_run_is_first_whatever_the_metric(key, values, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    for i, value in enumerate(values):
+        write_run(tmp_path / f"{i}", "x", [f"k={10 - i}"], **{key: value})
+    print_runs(find_runs(tmp_path), key)
+    out = capsys.readouterr().out
+    order = [out.index(f"k={10 - i} ") for i in range(len(values))]
+    assert order == sorted(order)
+
+
 def test_a_folder_that_may_not_be_read_hides_no_other_run(tmp_path, monkeypatch):
     for name in ("a", "b/0", "c"):
         write_run(tmp_path / name, "x", test__nll=1.0)
