@@ -241,7 +241,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_fingerprint(run: Path) -> str | None:
-    """Return the SHA-256 of the rows that a finished run learned from, or None if it is unknown."""
+    """Return the SHA-256 of the rows of a finished run, or None where it is unknown."""
     try:
         found = json.loads((run / "provenance.json").read_text("utf-8"))["data_sha256"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

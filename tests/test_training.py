@@ -127,7 +127,7 @@ def test_init_from_starts_at_the_weights_of_a_run(finished, tmp_path, bare_runs,
     assert again["test/nll"] == pytest.approx(metrics["test/nll"], abs=1e-4)
     with pytest.raises(mdn.MDNError, match=r"another head \(components: 3, not 5\)"):
         run(tmp_path / "k", f"init_from={directory}", "k=5")
-    with pytest.raises(mdn.MDNError, match="none has no model.keras: name a run"):
+    with pytest.raises(mdn.MDNError, match=r"none has no model\.keras: name a run"):
         run(tmp_path / "new", f"init_from={tmp_path}/none")
     np.savez(tmp_path / "wide.npz", x=np.random.rand(200, 3), y=np.random.rand(200))
     wide = ("data=npz", f"data.path={tmp_path}/wide.npz")

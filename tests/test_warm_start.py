@@ -66,7 +66,7 @@ def test_other_rows_or_the_same_split_pass(before, now, tmp_path):
 
 def test_a_run_without_a_model_is_refused_and_a_model_alone_passes(tmp_path):
     config = compose_config([f"init_from={tmp_path}", "seed=1"])
-    with pytest.raises(RunError, match="has no model.keras: name a run that mdn train wrote"):
+    with pytest.raises(RunError, match=r"has no model\.keras: name a run that mdn train wrote"):
         check_start(config)
     (tmp_path / "model.keras").touch()
     check_start(config)

@@ -86,8 +86,8 @@ class ArrayReader:
                 targets.setdefault(layout.y_key in self._arrays(file, archive), file)
         if len(targets) > 1:
             raise DataError(
-                f"{targets[False]} has no array {layout.y_key!r} and {targets[True]} has one: give "
-                "files of one kind"
+                f"{targets[False]} has no array {layout.y_key!r} and {targets[True]} has one: "
+                "give files of one kind"
             )
 
     def blocks(self) -> Iterator[TableBlock]:
