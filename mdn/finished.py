@@ -205,8 +205,8 @@ def _check_unchanged(run: Path, data: Data) -> None:
         return  # of a simulator, whose draws another machine may round in another way
     if (before := read_fingerprint(run)) is not None and before != data.fingerprint():
         raise RunError(
-            f"the data of {run} have changed since it was trained, so that it may have learned "
-            "from its test rows: give a file of new rows"
+            f"the data of {run} are not those that it was trained on, and it may have learned "
+            "from what now are test rows: give a file of new rows"
         )
 
 

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from mdn.errors import ConfigError, RunError
 
 # What a run writes; this, and what is exported of it later, is all that `overwrite=true` removes.
+# In this order, so that a kill leaves a finished run, to be replaced, or one without checkpoints.
 CONTENTS = (
-    ".hydra",
     "checkpoints",
     "metrics.json",
     "model.keras",
@@ -32,6 +32,7 @@ CONTENTS = (
     "saved_model",
     "tensorboard",
     "train.log",
+    ".hydra",
 )
 EXPORTED = ("litert", "onnx")
 
@@ -113,7 +114,7 @@ class RunDirectory:
         """
         try:
             if self.overwrite and not self.resumed:
-                for name in (*CONTENTS, *EXPORTED):
+                for name in (*EXPORTED, *CONTENTS):
                     _remove(self / name)
             (self / ".hydra").mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, self / ".hydra" / "config.yaml")

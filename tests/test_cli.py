@@ -220,7 +220,9 @@ def test_rows_that_have_changed_are_no_test_rows(run, tmp_path):
     pd.concat([rows(50, seed=9), pd.read_csv(table)]).to_csv(table, index=False)
     try:
         for judge in (evaluate_run, plot_run):
-            with pytest.raises(RunError, match=r"have changed since .*: give a file of new rows"):
+            with pytest.raises(
+                RunError, match=r"are not those that it was trained on.*: give a file of new"
+            ):
                 judge(run)
         assert evaluate_run(run, str(table))["test/n"] == 350
         copy = tmp_path / "copy"

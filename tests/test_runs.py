@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import mdn
+from mdn import runs
 from mdn.config import compose_config
 from mdn.runs import CONTENTS, RunDirectory, provenance
 
@@ -59,6 +60,28 @@ def test_unfinished_run_that_was_to_replace_another_is_resumed(tmp_path):
     assert not finished.resumed
     finished.create()
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_that_is_killed_while_it_replaces_another_goes_on_anew(tmp_path, monkeypatch):
+    whole = runs._remove
+    for kept in range(len(CONTENTS)):
+        first = RunDirectory(config(tmp_path / f"{kept}", "overwrite=true"))
+        first.create()
+        (first / "checkpoints").mkdir()
+        first.write_json("metrics.json", {"test/nll": 1.0})
+
+        def remove(path, last=CONTENTS[kept]):
+            if path.name == last:
+                raise KeyboardInterrupt
+            whole(path)
+
+        monkeypatch.setattr(runs, "_remove", remove)
+        with pytest.raises(KeyboardInterrupt):
+            RunDirectory(config(first.path, "overwrite=true")).create()
+        monkeypatch.setattr(runs, "_remove", whole)
+        again = RunDirectory(config(first.path, "overwrite=true"))
+        again.create()
+        assert sorted(path.name for path in again.path.iterdir()) == [".hydra"]
 
 
 @pytest.mark.parametrize("content", ["a: [", "a: ${b}", "[1]"])
