@@ -253,8 +253,8 @@ and the entropy H of the truth, which no density can fall below.
 
 The same options for all tasks and all n: `{" ".join(recipe(0))}`. Seed
 {results.settings["seed"]}. Options of the recipe were compared on TwoMoons at n = 100,000; no
-other task had a part in any choice. The rows of ArmaJump are the steps of one path, and a few hundred
-have not been everywhere: most of its regret at 100 and 200 is of test rows beyond the train rows.
+other task had a part in any choice. The rows of ArmaJump are the steps of one path, and a few have
+not been everywhere: most of its regret at 100 and 200 is of test rows beyond the train rows.
 """
 
 

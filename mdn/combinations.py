@@ -14,11 +14,15 @@ from mdn.options import (
     FITTED,
     GENERATIVE,
     ONE_DEVICE,
+    OPTIONS,
+    SEQUENCES,
+    SEQUENTIAL,
     SEVERAL_WORKERS,
     STACKED,
     STREAMED,
     TRANSFORMS,
 )
+from mdn.split_options import fractions_mistake, key_mistake, stream_mistake
 
 # The models that are no density of y given x, and what `model=` calls them.
 UNCONDITIONAL = {FITTED: "distribution", GENERATIVE: "vae"}
@@ -93,6 +97,34 @@ def check_distribution(values: dict[str, Any], model: dict[str, Any]) -> None:
         raise ConfigError(
             f"k={model['components']}: a {model['distribution']} has no components; use "
             "model.distribution=GaussianMixture"
+        )
+
+
+def check_data(data: dict[str, Any]) -> None:
+    """Raise a ConfigError for what a source of mdn would refuse once it is asked for its rows."""
+    if data["_target_"] not in OPTIONS:
+        return
+    mistakes = []
+    if "stream" in data:
+        mistakes.append(stream_mistake(data))
+    if data.get("fold") is None:  # which says itself what is tested
+        if "split_column" in data:
+            mistakes.append(key_mistake(data["split"], data["split_column"] is not None))
+        if "validation" in data and data.get("split") != "column":
+            mistakes.append(fractions_mistake(data["validation"], data["test"]))
+    for mistake in filter(None, mistakes):
+        raise ConfigError(mistake)
+
+
+def check_sequences(groups: dict[str, Any]) -> None:
+    """Raise a ConfigError where the backbone takes sequences, and the source has none."""
+    source = groups["data"]["_target_"]
+    if groups["model"]["_target_"] == FITTED or source not in OPTIONS or source == SEQUENCES:
+        return
+    if groups["backbone"]["_target_"] == SEQUENTIAL:
+        raise ConfigError(
+            "backbone=lstm needs sequences [N, T, F], which only data=npz can hold; use it, or "
+            "backbone=mlp"
         )
 
 

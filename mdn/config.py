@@ -25,10 +25,12 @@ from mdn.combinations import (
     check_auto,
     check_comparison,
     check_components,
+    check_data,
     check_distribution,
     check_ensemble,
     check_monitors,
     check_recipe,
+    check_sequences,
     check_transform,
     check_unconditional,
     without_components,
@@ -96,6 +98,8 @@ def check_config(config: DictConfig) -> None:
         if group is not None and group.get("_target_") in OPTIONS:
             _check(OPTIONS[group["_target_"]], group, f"{name}.")
     check_components(values, model)
+    check_data(groups["data"])
+    check_sequences(groups)
     _check_loss(values["loss"])
     check_transform(values["target_transform"], model)
     check_unconditional(values, groups, embedding)

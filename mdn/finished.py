@@ -28,7 +28,15 @@ from mdn.inputs import open_rows
 from mdn.model import load
 from mdn.options import FITTED, GENERATIVE
 from mdn.prediction import QUANTILES, Prediction, file_identity, predict_file
-from mdn.runs import check_run, place_of_candidate, place_of_variant, read_config
+from mdn.runs import (
+    check_output,
+    check_run,
+    place_of_candidate,
+    place_of_variant,
+    read_config,
+    read_fingerprint,
+    write_json,
+)
 from mdn.tasks import get_task
 
 FORMATS = ("saved_model", "litert", "onnx")
@@ -133,6 +141,7 @@ def evaluate_run(
     table: str | None = None,
     output: str | os.PathLike[str] | None = None,
     *,
+    overwrite: bool = False,
     trust: Sequence[str] = (),
 ) -> dict[str, float]:
     """Return the metrics of a run on its own test rows, or on those of a table; see `data_of`.
@@ -141,15 +150,22 @@ def evaluate_run(
         run: the run directory.
         table: as for `data_of`.
         output: a JSON file for the metrics.
+        overwrite: replace `output`, once the new one is whole.
         trust: as for `load_run` and `data_of`.
+
+    Raises:
+        RunError: the rows of the run are not those that it was trained on; or `output` exists, or
+            cannot be written.
     """
-    model, config = load_run(run, trust=trust)
-    metrics = finite(get_task(config).score(model, data_of(model, config, table, trust=trust)))
     if output is not None:
-        try:
-            Path(output).write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
-        except OSError as error:
-            raise RunError(f"cannot write {output}: {error.strerror}") from error
+        check_output(Path(output), overwrite)
+    model, config = load_run(run, trust=trust)
+    data = data_of(model, config, table, trust=trust)
+    if table is None:
+        _check_unchanged(Path(run), data)
+    metrics = finite(get_task(config).score(model, data))
+    if output is not None:
+        write_json(Path(output), metrics)
     return metrics
 
 
@@ -170,12 +186,28 @@ def plot_run(
 
     Returns:
         The files.
+
+    Raises:
+        RunError: the rows of the run are not those that it was trained on.
     """
     model, config = load_run(run, trust=trust)
     folder = Path(run) / "plots" if output is None else Path(output)
     data = data_of(model, config, table, trust=trust)
+    if table is None:
+        _check_unchanged(Path(run), data)
     get_task(config).judge(model, data, _history(Path(run)), folder)
     return sorted(folder.glob("*.png"))
+
+
+def _check_unchanged(run: Path, data: Data) -> None:
+    """Raise a RunError where rows that the run learned from may now be among its test rows."""
+    if data.truth is not None:
+        return  # of a simulator, whose draws another machine may round in another way
+    if (before := read_fingerprint(run)) is not None and before != data.fingerprint():
+        raise RunError(
+            f"the data of {run} are not those that it was trained on, and it may have learned "
+            "from what now are test rows: give a file of new rows"
+        )
 
 
 def _history(run: Path) -> dict[str, list[float]]:

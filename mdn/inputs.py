@@ -12,6 +12,7 @@ import tensorflow as tf
 import tf_keras
 
 from mdn.data.array_blocks import ArrayReader, Layout
+from mdn.data.files import has_suffix
 from mdn.data.schema import NPZ, Schema, TableReader, find_rows
 from mdn.errors import ConfigError, RunError
 from mdn.features import Columns
@@ -87,6 +88,6 @@ def open_rows(
         DataError: there are none, or something is missing.
         RunError: the model takes rows of the other kind, or none.
     """
-    if find_rows(path)[0].name.endswith(NPZ):
+    if has_suffix(find_rows(path)[0], NPZ):
         return ArrayReader(layout_of(model, keys), path, keep, known)
     return TableReader(schema_of(model), path, keep, known)

@@ -26,7 +26,11 @@ SHOWN = {
     "test/coverage90": "cover 90 %",
     "train/seconds": "seconds",
 }
-_HIGHER_IS_BETTER = re.compile(r"(elbo|elbo_gain_\d+|gain|skill|rows_per_second)$")
+# With the name of a target behind them, where there are several.
+_HIGHER_IS_BETTER = re.compile(
+    r"(elbo|elbo_gain_\d+|gain|skill|rows_per_second|(pit|region)_p|sbc/p(_joint)?)(/.*)?$"
+)
+_COVERAGE = re.compile(r"coverage(\d+)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +147,12 @@ def print_runs(runs: list[Run], key: str | None = None, console: Console | None 
 def _rank(run: Run, key: str | None) -> float:
     """Return what is small where a run is good."""
     name = key or next((n for n in ("test/nll", "test/elbo") if n in run.metrics), None)
-    value = run.metrics.get(name, math.nan) if name else math.nan
-    if math.isnan(value):
+    if name is None or name not in run.metrics:
         return math.inf
-    return -value if name and _HIGHER_IS_BETTER.search(name) else value
+    value = run.metrics[name]
+    if level := _COVERAGE.search(name):
+        return abs(value - int(level[1]) / 100)
+    return -value if _HIGHER_IS_BETTER.search(name) else value
 
 
 def _table(runs: list[Run], key: str | None) -> Table:

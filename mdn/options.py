@@ -22,6 +22,8 @@ Monitored = Literal["loss", "nll", "val_loss", "val_nll"]
 FITTED = "mdn.fit_distribution"  # the model that is no network
 GENERATIVE = "mdn.vae.VAE"  # the model that reads no x, and has no exact nll
 STACKED = tuple(f"mdn.backbones.{name}" for name in ("MLP", "ResNet", "Constant"))
+SEQUENTIAL = "mdn.backbones.LSTM"  # which takes no plain rows
+SEQUENCES = "mdn.data.arrays.Npz"  # the one source of mdn that may hold them
 STREAMED = "mdn.data.records.TFRecord"  # rows that are never in memory
 SEVERAL_WORKERS = "mdn.strategy.multi_worker"
 AUTO = "auto"  # in place of a number of components: see mdn.selection
@@ -301,7 +303,7 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.backbones.MLP": MLPOptions,
     "mdn.backbones.ResNet": ResNetOptions,
     "mdn.backbones.Constant": Target,
-    "mdn.backbones.LSTM": LSTMOptions,
+    SEQUENTIAL: LSTMOptions,
     **{f"mdn.data.simulators.{name}": SimulatorOptions for name in SIMULATORS},
     "mdn.data.draws.Points": PointsOptions,
     "mdn.data.draws.Gaussians": GaussiansOptions,
@@ -309,7 +311,7 @@ OPTIONS: dict[str, type[Target]] = {
     "mdn.data.tabular.Csv": TableOptions,
     "mdn.data.tabular.Parquet": ParquetOptions,
     "mdn.data.records.TFRecord": TFRecordOptions,
-    "mdn.data.arrays.Npz": NpzOptions,
+    SEQUENCES: NpzOptions,
     "mdn.data.flights.Flights": FlightsOptions,
     "mdn.data.digits.Digits": DigitsOptions,
     "tf_keras.optimizers.Adam": OptimizerOptions,

@@ -34,7 +34,7 @@ from mdn.errors import ConfigError, DataError, RunError
 from mdn.inference import SIZES, largest_batch
 from mdn.inputs import open_rows
 from mdn.model import MDN
-from mdn.runs import check_output
+from mdn.runs import check_answer
 
 QUANTILES = (0.05, 0.5, 0.95)
 _FOOTER = b"mdn"
@@ -129,7 +129,7 @@ def predict_file(
         RunError: `output` exists, or cannot be written; or the model takes other rows.
     """
     path = Path(output)
-    check_output(path, overwrite)
+    check_answer(path, overwrite)
     quantiles = [float(p) for p in quantiles]
     for p in quantiles:
         if not 0.0 < p < 1.0:

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from mdn.errors import ConfigError, RunError
 
 # What a run writes; this, and what is exported of it later, is all that `overwrite=true` removes.
+# In this order, so that a kill leaves a finished run, to be replaced, or one without checkpoints.
 CONTENTS = (
-    ".hydra",
     "checkpoints",
     "metrics.json",
     "model.keras",
@@ -32,6 +32,7 @@ CONTENTS = (
     "saved_model",
     "tensorboard",
     "train.log",
+    ".hydra",
 )
 EXPORTED = ("litert", "onnx")
 
@@ -43,7 +44,9 @@ class RunDirectory:
     """The directory of one run.
 
     Args:
-        config: the checked config; `output_dir` names the directory, or None for a new one.
+        config: the checked config; `output_dir` names the directory, or None for a new one. With
+            `overwrite` a run that is there is replaced, but for an unfinished one with this
+            config that was itself started with `overwrite`: it is resumed.
         overrides: the command line, for `.hydra/overrides.yaml`.
 
     Raises:
@@ -78,9 +81,10 @@ class RunDirectory:
             return False
         if not (self / ".hydra" / "config.yaml").is_file():
             raise RunError(f"output_dir={self.path} holds other files: name a new directory")
+        finished = (self / "metrics.json").exists()
         if self.overwrite:
-            return False
-        if (self / "metrics.json").exists():
+            return not finished and self._replaced_another()
+        if finished:
             raise RunError(
                 f"output_dir={self.path} holds a finished run: set overwrite=true to replace it"
             )
@@ -93,15 +97,24 @@ class RunDirectory:
             )
         return True
 
+    def _replaced_another(self) -> bool:
+        """Return whether the run that is there was started by this command, with `overwrite`."""
+        try:
+            before = read_config(self.path)
+        except RunError:
+            return False
+        same = _comparable(before) == _comparable(self.config)
+        return same and bool(before.get("overwrite"))
+
     def create(self) -> None:
-        """Make the directory with `.hydra/`; with `overwrite`, remove the run before.
+        """Make the directory with `.hydra/`; with `overwrite`, remove what is not resumed.
 
         Raises:
             RunError: it cannot be written.
         """
         try:
-            if self.overwrite:
-                for name in (*CONTENTS, *EXPORTED):
+            if self.overwrite and not self.resumed:
+                for name in (*EXPORTED, *CONTENTS):
                     _remove(self / name)
             (self / ".hydra").mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, self / ".hydra" / "config.yaml")
@@ -128,18 +141,8 @@ class RunDirectory:
             handler.close()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file, whole or not at all.
-
-        Raises:
-            RunError: it cannot be written.
-        """
-        partial = self / f".{name}.partial"
-        try:
-            partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-            os.replace(partial, self / name)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise RunError(f"cannot write {self / name}: {error.strerror}") from error
+        """Write a JSON file into the directory; see the function `write_json`."""
+        write_json(self / name, content)
 
 
 class _LogFile(logging.FileHandler):
@@ -195,20 +198,56 @@ def read_config(run: Path) -> DictConfig:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Check, before any work, that a Parquet file can be written at `path`.
+    """Check, before any work, that a file can be written at `path`.
 
     Raises:
-        ConfigError: its name has another ending.
         RunError: something is there, or it is no place for a file.
     """
-    if path.suffix != ".parquet":
-        raise ConfigError(f"{path}: the answer is a Parquet file; end its name in .parquet")
     if path.is_dir():
         raise RunError(f"{path} is a folder: name a file")
     if path.exists() and not overwrite:
         raise RunError(f"{path} exists: name another file, or give --overwrite")
-    if not path.resolve().parent.is_dir():
+    parent = path.resolve().parent
+    if not parent.is_dir():
         raise RunError(f"{path}: there is no folder {path.parent}")
+    if not os.access(parent, os.W_OK):
+        raise RunError(f"{path} cannot be written: {path.parent} is read-only; name another")
+
+
+def check_answer(path: Path, overwrite: bool) -> None:
+    """Check, before any work, that a Parquet file can be written at `path`.
+
+    Raises:
+        ConfigError: its name has another ending.
+        RunError: as of `check_output`.
+    """
+    if path.suffix != ".parquet":
+        raise ConfigError(f"{path}: the answer is a Parquet file; end its name in .parquet")
+    check_output(path, overwrite)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_fingerprint(run: Path) -> str | None:
+    """Return the SHA-256 of the rows of a finished run, or None where it is unknown."""
+    try:
+        found = json.loads((run / "provenance.json").read_text("utf-8"))["data_sha256"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def provenance(config: DictConfig, fingerprint: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from mdn.selection import choose, held_out_nll, held_out_weight
 from mdn.stacking import stack
 from mdn.strategy import is_chief
 from mdn.tasks import build_model, get_task
+from mdn.warm_start import check_start
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def train(
     """
     first_step = FirstStep(time.monotonic() if launched is None else launched)
     directory = RunDirectory(config, overrides)
+    check_start(config)
     strategy = make(config, "strategy")
     seed_everything(config)
     ignored = config.model._target_ == GENERATIVE and "missing" in config.data
@@ -113,8 +115,8 @@ def train(
             metrics = finish(model, config, data, directory, progress, first_step.seconds, notes)
         except KeyboardInterrupt:
             raise InterruptedRunError(
-                f"interrupted: what was trained is kept in {directory.path}; the same command "
-                f"with output_dir={directory.path} goes on"
+                f"interrupted: what was trained is in {directory.path}; "
+                f"{_what_follows(config, directory.path)}"
             ) from None
         except OSError as error:
             raise RunError(
@@ -227,9 +229,17 @@ def fit(
         model.save(directory / "model.keras")
         raise InterruptedRunError(
             f"interrupted after {done} whole epochs: {directory / 'model.keras'} holds the best "
-            f"weights so far; the same command with output_dir={directory.path} goes on"
+            f"weights so far; {_what_follows(config, directory.path)}"
         ) from None
     return checkpoint.progress
+
+
+def _what_follows(config: DictConfig, path: Path) -> str:
+    """Return what the options of an interrupted run do when they are given again."""
+    again = f"the same options with output_dir={path}"
+    if config.callbacks.get("checkpoint") is None:
+        return f"{again} begin anew, as callbacks.checkpoint=null keeps no checkpoints"
+    return f"{again} go on"
 
 
 def _fit_one(

@@ -116,7 +116,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(uninterrupted, damage, t
 
 def test_nothing_but_damage_is_an_error(tmp_path):
     (tmp_path / "epoch-00001.npz").write_bytes(b"")
-    with pytest.raises(mdn.MDNError, match=r"no checkpoint in .* can be read.*overwrite=true"):
+    with pytest.raises(mdn.MDNError, match=r"no checkpoint in .* can be read.*another output_dir"):
         Checkpoint(tmp_path).restore(make())
 
 
@@ -183,7 +183,7 @@ def test_nan_guard_names_the_row():
 
 def test_other_rows_are_never_resumed(tmp_path):
     train(make(), tmp_path, epochs=1, checkpoint=Checkpoint(tmp_path, data="one"))
-    with pytest.raises(mdn.MDNError, match=r"the data have changed since.*overwrite=true"):
+    with pytest.raises(mdn.MDNError, match=r"the data have changed since.*another output_dir"):
         Checkpoint(tmp_path, data="two").restore(make())
 
 

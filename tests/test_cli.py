@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import urllib.request
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -104,11 +106,15 @@ def test_every_command_has_help_with_an_example(name, monkeypatch, capsys):
         (["predict", ".", "b", "-o", "c.csv"], "end its name in .parquet"),
         (["export", "a", "--format", "pickle"], "'pickle' is not"),
         (["evaluate", "none"], "none is no run directory"),
+        (["evaluate", ".", "-o", "none/a.json"], "none/a.json: there is no folder none"),
+        (["evaluate", ".", "-o", "/dev/null"], "/dev/null exists: name another file, or give"),
         (["plot", "."], "it has no .hydra/config.yaml"),
         (["runs", "none"], "none is no folder"),
         (["train", "kk=3"], "kk=3: kk is no option"),
         (["train", "data=csv", "data.path=none.csv"], "data.path=none.csv matches no file"),
         (["train", "data=npz"], "data.path is not set"),
+        (["train", "init_from=none"], "init_from=none has no model.keras: name a run"),
+        (["train", "output_dir=/dev/null"], "output_dir=/dev/null is a file: name a directory"),
         (["train", "--bogus"], "unrecognized arguments: --bogus; see mdn train --help"),
         (["train", "--cfg", "job", "kk=3"], "kk=3: kk is no option"),
         (["train", "-m", "seed=0,1", "kk=1,2"], "kk=1: kk is no option"),
@@ -189,6 +195,42 @@ def test_evaluation_of_a_run_is_that_of_its_training(run, tmp_path):
     for name in ("test/nll", "test/n", "test/rmse", "baseline/nll"):
         assert metrics[name] == pytest.approx(before[name], rel=1e-5)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+
+
+def test_metrics_replace_a_file_whole_and_only_when_asked(run, tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    path.write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr("mdn.finished.load_run", None)  # told before any work
+        with pytest.raises(RunError, match="exists: name another file, or give --overwrite"):
+            evaluate_run(run, output=path)
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(RunError, match=r"cannot write .*metrics.json: No space left on device"):
+        evaluate_run(run, output=path, overwrite=True)
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    metrics = evaluate_run(run, output=path, overwrite=True)
+    assert json.loads(path.read_text()) == metrics
+
+
+def test_rows_that_have_changed_are_no_test_rows(run, tmp_path):
+    table = run.parent.parent / "rows.csv"
+    before = table.read_text()
+    pd.concat([rows(50, seed=9), pd.read_csv(table)]).to_csv(table, index=False)
+    try:
+        for judge in (evaluate_run, plot_run):
+            with pytest.raises(
+                RunError, match=r"are not those that it was trained on.*: give a file of new"
+            ):
+                judge(run)
+        assert evaluate_run(run, str(table))["test/n"] == 350
+        copy = tmp_path / "copy"
+        shutil.copytree(run, copy)
+        (copy / "provenance.json").write_text("{}")  # as of a run that was interrupted
+        assert evaluate_run(copy)["test/n"] == 35
+    finally:
+        table.write_text(before)
 
 
 def test_evaluation_on_a_table(run, tmp_path):
@@ -327,6 +369,27 @@ def test_runs_are_listed_best_first_by_their_rows(tmp_path, capsys, monkeypatch)
         RunError, match="no run has the metric 'nope': choose one of test/crps_skill"
     ):
         print_runs(find_runs(tmp_path), "nope")
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("test/coverage90", [0.91, 0.87, 0.95, 0.2]),
+        ("test/region_coverage50", [0.5, 0.4, 1.0]),
+        ("test/crps", [0.1, 0.2]),
+        ("test/crps_skill/price", [0.6, 0.2]),
+        ("test/pit_p", [0.4, 0.001]),
+        ("sbc/p/t", [0.4, 0.001]),
+    ],
+)
+def test_the_best_run_is_first_whatever_the_metric(key, values, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    for i, value in enumerate(values):
+        write_run(tmp_path / f"{i}", "x", [f"k={10 - i}"], **{key: value})
+    print_runs(find_runs(tmp_path), key)
+    out = capsys.readouterr().out
+    order = [out.index(f"k={10 - i} ") for i in range(len(values))]
+    assert order == sorted(order)
 
 
 def test_a_folder_that_may_not_be_read_hides_no_other_run(tmp_path, monkeypatch):

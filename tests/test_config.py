@@ -41,8 +41,14 @@ def is_diff(path):
     return text.startswith(("defaults:", "# @package _global_")) or "\ndefaults:" in text
 
 
+def overrides_for(path):
+    """Return what chooses a file, with what it needs."""
+    needed = {"lstm": ["data=npz"]}.get(path.stem, [])
+    return [f"{path.parent.name}={path.stem}", *needed]
+
+
 def nodes_of(path):
-    config = compose_config([f"{path.parent.name}={path.stem}"])
+    config = compose_config(overrides_for(path))
     group = OmegaConf.to_container(config, resolve=True)[path.parent.name]
     return list(targets(group))
 
@@ -57,7 +63,7 @@ def test_groups_are_those_of_the_design():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_file_composes(path):
-    compose_config([f"{path.parent.name}={path.stem}"])
+    compose_config(overrides_for(path))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +168,19 @@ def test_trainer_options_are_checked():
         (["seed=one"], "seed=one: must be a valid integer"),
         (["overwrite=maybe"], "overwrite=maybe: must be a valid boolean"),
         (["data=csv", "data.split=by_day"], "data.split=by_day: must be 'random', 'time'"),
+        (["data=csv", "data.validation=.6", "data.test=.6"], "data.test=0.6 leave a split empty"),
+        (["data=digits", "model=vae", "data.test=.9"], "data.test=0.9 leave a split empty"),
+        (["data=tfrecord", "data.test=.9"], "data.test=0.9 leave a split empty"),
+        (["data=csv", "data.split=time"], "data.split=time needs a column: set data.split_column"),
+        (["data=npz", "data.split=column"], "data.split=column needs a column"),
+        (["data=parquet", "data.split_column=day"], "does nothing with data.split=random"),
+        (
+            ["data=parquet", "data.stream=true", "data.split=time", "data.split_column=day"],
+            "data.split=time needs all rows in memory",
+        ),
+        (["data=parquet", "data.stream=true", "data.max_rows=9"], "data.max_rows=9 needs all"),
+        (["data=parquet", "data.shuffle_rows=9"], "data.shuffle_rows=9 is of a stream"),
+        (["backbone=lstm", "data=csv"], r"needs sequences \[N, T, F\], which only data=npz"),
         (["callbacks.checkpoint.keep=0"], "callbacks.checkpoint.keep=0: must be greater than 0"),
         (["k"], "missing EQUAL"),
     ],
@@ -170,6 +189,21 @@ def test_mistakes_are_one_line_that_names_them(overrides, message):
     with pytest.raises(mdn.MDNError, match=message) as error:
         compose_config(overrides)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data=npz", "data.fold=3", "data.test=.95"],  # a fold says which rows test
+        ["data=csv", "data.split=column", "data.split_column=part", "data.test=.95"],
+        ["data=flights", "data.split=random"],
+        ["data=tfrecord", "data.shuffle_rows=9"],
+        ["data=parquet", "data.stream=true", "data.sample_rows=9"],
+        ["backbone=lstm", "model=distribution", "model.distribution=Normal"],
+    ],
+)
+def test_what_has_a_meaning_passes(overrides):
+    compose_config(overrides)
 
 
 def test_zero_is_a_seed():

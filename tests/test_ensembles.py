@@ -378,7 +378,7 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(finished, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "on_epoch_end", interrupt)
-        with pytest.raises(InterruptedRunError, match="goes on"):
+        with pytest.raises(InterruptedRunError, match=r"output_dir=.* go on"):
             run(tmp_path / "run", "ensemble=2")
     again = run(tmp_path / "run", "ensemble=2")
     assert again["train/epochs"] == metrics["train/epochs"]

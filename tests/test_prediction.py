@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from mdn import MDN, backbones, heads
 from mdn.config import compose_config
 from mdn.data.rows import ColumnNames
-from mdn.data.schema import TableReader
+from mdn.data.schema import TableReader, find_rows, find_tables
 from mdn.errors import ConfigError, DataError, MDNError, RunError
 from mdn.finished import evaluate_run, predict_run
 from mdn.inputs import schema_of
@@ -284,8 +284,9 @@ def test_matrix_model_takes_arrays_by_their_keys(tmp_path):
     model.adapt(x, x[:, :1] + 1.0)
     model.compile("adam", jit_compile=False)
     np.savez(tmp_path / "x.npz", a=x.astype(np.float32), b=x[:, 0] + 1.0)
+    (tmp_path / "x.npz").rename(tmp_path / "X.NPZ")
     found, prediction = predict(
-        model, tmp_path / "x.npz", tmp_path / "out.parquet", keys=("a", "b")
+        model, tmp_path / "X.NPZ", tmp_path / "out.parquet", keys=("a", "b")
     )
     np.testing.assert_allclose(found["y0_mean"], model.predict(x)[:, 0], rtol=1e-5)
     assert prediction.scored == 50
@@ -318,6 +319,28 @@ def test_wrong_arrays_are_one_line_and_leave_nothing(arrays, message, tmp_path):
         predict(model, tmp_path / "new.npz", tmp_path / "out.parquet", keep=keep)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out.parquet").exists()
+
+
+def test_files_of_which_some_have_targets_are_refused_at_once(tmp_path):
+    model, y = sequence_model(True)
+    (data := tmp_path / "rows").mkdir()
+    np.savez(data / "a.npz", x=STEPS)
+    np.savez(data / "b.npz", x=STEPS, y=y)
+    with pytest.raises(DataError, match=r"a.npz has no array 'y' and .*b.npz has one: give files"):
+        predict(model, data, tmp_path / "out.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+
+
+@pytest.mark.parametrize("kind", ["CSV", "Parquet", "NPZ"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_names_end_in_letters_of_either_case(kind, folder, tmp_path):
+    (data := tmp_path / "rows").mkdir()
+    path = data / f"NEW.{kind}"
+    table(1).to_parquet(path) if kind == "Parquet" else path.write_text("a\n1\n")
+    found = data if folder else path
+    assert find_rows(str(found)) == [path]
+    if kind != "NPZ":
+        assert find_tables(str(found))[0] == [path]
 
 
 def test_rows_of_the_other_kind_are_refused(model, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import mdn
+from mdn import runs
 from mdn.config import compose_config
 from mdn.runs import CONTENTS, RunDirectory, provenance
 
@@ -42,6 +43,52 @@ def test_finished_run_is_refused_and_replaced_only_when_asked(tmp_path):
     again.create()
     assert not (tmp_path / "metrics.json").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_unfinished_run_that_was_to_replace_another_is_resumed(tmp_path):
+    RunDirectory(config(tmp_path)).create()
+    assert not RunDirectory(config(tmp_path, "overwrite=true")).resumed  # as it was asked for
+    RunDirectory(config(tmp_path, "overwrite=true")).create()
+    (tmp_path / "checkpoints").mkdir()
+    again = RunDirectory(config(tmp_path, "overwrite=true"))
+    assert again.resumed
+    again.create()
+    assert (tmp_path / "checkpoints").exists()
+    assert not RunDirectory(config(tmp_path, "overwrite=true", "k=5")).resumed
+    again.write_json("metrics.json", {"test/nll": 1.0})
+    finished = RunDirectory(config(tmp_path, "overwrite=true"))
+    assert not finished.resumed
+    finished.create()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_that_is_killed_while_it_replaces_another_goes_on_anew(tmp_path, monkeypatch):
+    whole = runs._remove
+    for kept in range(len(CONTENTS)):
+        first = RunDirectory(config(tmp_path / f"{kept}", "overwrite=true"))
+        first.create()
+        (first / "checkpoints").mkdir()
+        first.write_json("metrics.json", {"test/nll": 1.0})
+
+        def remove(path, last=CONTENTS[kept]):
+            if path.name == last:
+                raise KeyboardInterrupt
+            whole(path)
+
+        monkeypatch.setattr(runs, "_remove", remove)
+        with pytest.raises(KeyboardInterrupt):
+            RunDirectory(config(first.path, "overwrite=true")).create()
+        monkeypatch.setattr(runs, "_remove", whole)
+        again = RunDirectory(config(first.path, "overwrite=true"))
+        again.create()
+        assert sorted(path.name for path in again.path.iterdir()) == [".hydra"]
+
+
+@pytest.mark.parametrize("content", ["a: [", "a: ${b}", "[1]"])
+def test_a_config_that_cannot_be_read_is_replaced(content, tmp_path):
+    RunDirectory(config(tmp_path)).create()
+    (tmp_path / ".hydra" / "config.yaml").write_text(content)
+    assert not RunDirectory(config(tmp_path, "overwrite=true")).resumed
 
 
 def test_a_folder_of_other_things_is_never_touched(tmp_path):

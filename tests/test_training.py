@@ -22,7 +22,7 @@ from mdn.cli.train import main
 from mdn.config import compose_config, config_dir
 from mdn.options import TrainerOptions
 from mdn.runs import CONTENTS
-from mdn.training import train
+from mdn.training import EpochLog, InterruptedRunError, train
 
 TINY = (
     "trainer.epochs=2",
@@ -127,7 +127,7 @@ def test_init_from_starts_at_the_weights_of_a_run(finished, tmp_path, bare_runs,
     assert again["test/nll"] == pytest.approx(metrics["test/nll"], abs=1e-4)
     with pytest.raises(mdn.MDNError, match=r"another head \(components: 3, not 5\)"):
         run(tmp_path / "k", f"init_from={directory}", "k=5")
-    with pytest.raises(mdn.MDNError, match="does not exist"):
+    with pytest.raises(mdn.MDNError, match=r"none has no model\.keras: name a run"):
         run(tmp_path / "new", f"init_from={tmp_path}/none")
     np.savez(tmp_path / "wide.npz", x=np.random.rand(200, 3), y=np.random.rand(200))
     wide = ("data=npz", f"data.path={tmp_path}/wide.npz")
@@ -386,9 +386,24 @@ def test_interrupted_run_keeps_what_it_learned(tmp_path):
     _, err = process.communicate()
     assert process.returncode == 130, err
     assert "model.keras holds the best weights so far" in err
-    assert f"output_dir={tmp_path}/run goes on" in err
+    assert f"output_dir={tmp_path}/run go on" in err
     assert "Traceback" not in err
     assert mdn.load(tmp_path / "run" / "model.keras").head.components == 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "follows"),
+    [((), r"run go on$"), (("callbacks.checkpoint=null",), "begin anew, as callbacks.checkpoint")],
+)
+def test_interrupted_run_says_what_the_same_options_do(
+    extra, follows, tmp_path, monkeypatch, bare_runs, eager_steps
+):
+    def press(self, epoch, logs=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EpochLog, "on_epoch_end", press)
+    with pytest.raises(InterruptedRunError, match=follows):
+        run(tmp_path / "run", "callbacks.tensorboard=null", *extra)
 
 
 def main_on_a_full_disk():

@@ -171,7 +171,7 @@ class Checkpoint(tf_keras.callbacks.Callback):
             return self.progress.epoch
         if paths:
             raise RunError(
-                f"no checkpoint in {self.directory} can be read: set overwrite=true to start anew"
+                f"no checkpoint in {self.directory} can be read: start anew in another output_dir"
             )
         return 0
 
@@ -183,7 +183,7 @@ class Checkpoint(tf_keras.callbacks.Callback):
         if progress.data != self.data:
             raise RunError(
                 f"{self.directory} was learned from other rows: the data have changed since; "
-                "restore them, or set overwrite=true to start anew"
+                "restore them, or start anew in another output_dir"
             )
         groups: dict[str, dict[int, np.ndarray]] = {"model": {}, "optimizer": {}, "best": {}}
         for name, array in arrays.items():

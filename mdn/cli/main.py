@@ -116,9 +116,9 @@ def predict(run: str, data: str, output: str, **options: Any) -> None:
       mdn predict runs/first new.csv -o answers.parquet -q 0.1 -q 0.9 --keep id
     """
     from mdn.cli.progress import progress_bar
-    from mdn.runs import check_output
+    from mdn.runs import check_answer
 
-    check_output(Path(output), options["overwrite"])
+    check_answer(Path(output), options["overwrite"])
     _check(run, data)
     _import()
     from mdn.finished import predict_run
@@ -137,8 +137,11 @@ def predict(run: str, data: str, output: str, **options: Any) -> None:
 @click.argument("run")
 @click.argument("data", required=False)
 @click.option("-o", "--output", help="A JSON file for the metrics.")
+@click.option("--overwrite", is_flag=True, help="Replace the output once the new one is whole.")
 @_trust
-def evaluate(run: str, data: str | None, output: str | None, trust: tuple[str, ...]) -> None:
+def evaluate(
+    run: str, data: str | None, output: str | None, overwrite: bool, trust: tuple[str, ...]
+) -> None:
     """Judge a run on the rows of DATA, or on its own test rows.
 
     DATA is a CSV or Parquet file with targets (of a run of arrays an .npz file), a folder of them,
@@ -148,12 +151,16 @@ def evaluate(run: str, data: str | None, output: str | None, trust: tuple[str, .
     Example:
       mdn evaluate runs/first next_month.parquet -o metrics.json
     """
+    from mdn.runs import check_output
+
+    if output is not None:
+        check_output(Path(output), overwrite)
     _check(run, data)
     _import()
     from mdn.evaluation import print_table
     from mdn.finished import evaluate_run
 
-    print_table(evaluate_run(run, data, output, trust=trust))
+    print_table(evaluate_run(run, data, output, overwrite=overwrite, trust=trust))
 
 
 @command.command()

@@ -25,6 +25,8 @@ from mdn.config import check_config, compose_config, config_dir
 from mdn.data.files import SUFFIXES, find_files
 from mdn.errors import ConfigError, MDNError
 from mdn.options import FITTED
+from mdn.runs import RunDirectory
+from mdn.warm_start import check_start
 
 _LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
@@ -92,8 +94,11 @@ def _job(config: DictConfig) -> float | None:
     try:
         check_config(config)
         _place(config)
+        # What is wrong with a path is told before the long import.
+        RunDirectory(config)
+        check_start(config)
         if (suffixes := SUFFIXES.get(config.data._target_)) is not None:
-            find_files(config.data.path, suffixes)  # a wrong path is told before the long import
+            find_files(config.data.path, suffixes)
         import_tensorflow()
         from mdn.estimation import estimate
         from mdn.training import InterruptedRunError, train

@@ -66,7 +66,8 @@ class ArrayReader:
         known: whether y must be there too.
 
     Raises:
-        DataError: the path leads to no such file, or an array is not there or of another shape.
+        DataError: the path leads to no such file, or an array is not there or of another shape, or
+            only some files have y.
     """
 
     empty = "has arrays without rows"
@@ -79,9 +80,15 @@ class ArrayReader:
         self.keep = list(keep)
         self.known = known
         self.files = find_files(path, NPZ, label="")
+        targets: dict[bool, Path] = {}
         for file in self.files:
             with _opened(file) as archive:
-                self._arrays(file, archive)
+                targets.setdefault(layout.y_key in self._arrays(file, archive), file)
+        if len(targets) > 1:
+            raise DataError(
+                f"{targets[False]} has no array {layout.y_key!r} and {targets[True]} has one: "
+                "give files of one kind"
+            )
 
     def blocks(self) -> Iterator[TableBlock]:
         """Yield the rows or sequences in order: the same blocks each time.

@@ -17,6 +17,11 @@ SUFFIXES = {
 }
 
 
+def has_suffix(file: Path, suffixes: tuple[str, ...]) -> bool:
+    """Return whether the name of a file ends in one of these, in letters of either case."""
+    return file.name.lower().endswith(suffixes)
+
+
 def find_files(
     path: str | None, suffixes: tuple[str, ...], label: str = "data.path="
 ) -> list[Path]:
@@ -37,7 +42,7 @@ def find_files(
         )
     place = Path(os.path.expanduser(path))
     if place.is_dir():
-        files = [f for f in sorted(place.iterdir()) if f.name.endswith(suffixes)]
+        files = [f for f in sorted(place.iterdir()) if has_suffix(f, suffixes)]
         if not files:
             raise DataError(f"{label}{path} is a folder with no {' or '.join(suffixes)} file")
         return files

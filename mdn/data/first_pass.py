@@ -19,6 +19,7 @@ from mdn.data.checks import FLOAT32_MAX, check_rows
 from mdn.data.rows import Data, Features, Rows, Source
 from mdn.data.streams import Stream
 from mdn.errors import DataError
+from mdn.split_options import fractions_mistake
 
 _PARTS = ("train", "validation", "test")
 
@@ -62,11 +63,8 @@ def open_stream(reader: Reader, options: StreamOptions) -> Data:
     n = reader.rows
     if n < 3:
         raise DataError(f"{n} rows cannot be split in three: give at least 3")
-    if not (options.validation > 0 and options.test > 0 and options.validation + options.test < 1):
-        raise DataError(
-            f"data.validation={options.validation} and data.test={options.test} leave a split "
-            "empty: give fractions above 0 that sum to less than 1"
-        )
+    if mistake := fractions_mistake(options.validation, options.test):
+        raise DataError(mistake)
     held = [
         max(1, min(round(share * n), options.held_out_rows))
         for share in (options.validation, options.test)

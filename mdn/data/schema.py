@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mdn.data.checks import FLOAT32_MAX, RowName, find_missing
-from mdn.data.files import SUFFIXES, find_files
+from mdn.data.files import SUFFIXES, find_files, has_suffix
 from mdn.data.kinds import looks_dated, parse_days, to_days, to_number, to_text, word
 from mdn.data.rows import Features
 from mdn.data.tabular import Csv, Parquet, Table, attempt
@@ -95,7 +95,7 @@ def find_rows(path: str) -> list[Path]:
         DataError: there are none, or they are not of one kind.
     """
     files = find_files(path, (*Csv.suffixes, *Parquet.suffixes, *NPZ), label="")
-    if all(file.name.endswith(NPZ) for file in files):
+    if all(has_suffix(file, NPZ) for file in files):
         return files
     return find_tables(path)[0]
 
@@ -273,7 +273,7 @@ def _spellings(text: pd.Series, candidates: set[int]) -> set[int]:
 
 def _kind_of(file: Path) -> type[Table]:
     for kind in (Csv, Parquet):
-        if file.name.endswith(kind.suffixes):
+        if has_suffix(file, kind.suffixes):
             return kind
     raise DataError(
         f"{file} is neither CSV nor Parquet by its name: it must end in "

@@ -14,6 +14,7 @@ from mdn.data.checks import RowName, check_rows
 from mdn.data.kinds import to_text
 from mdn.data.rows import Data, Rows
 from mdn.errors import ConfigError, DataError
+from mdn.split_options import fractions_mistake, key_mistake
 
 Split = Literal["random", "time", "group", "column"]
 Indices = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -51,23 +52,14 @@ def split_indices(
     """
     if split not in ("random", "time", "group", "column"):
         raise DataError(f"data.split={split} is not one of random, time, group, column")
-    if split == "random":
-        if key is not None:
-            raise DataError(
-                "data.split_column does nothing with data.split=random: "
-                "set data.split to time, group or column"
-            )
-        unit = np.arange(n)
-    else:
-        unit = _units(split, key, row)
+    if mistake := key_mistake(split, key is not None):
+        raise DataError(mistake)
+    unit = np.arange(n) if key is None else _units(split, key, row)
     if split == "column":
         return _take_sides(unit)
 
-    if not (validation > 0 and test > 0 and validation + test < 1):
-        raise DataError(
-            f"data.validation={validation} and data.test={test} leave a split empty: "
-            "give fractions above 0 that sum to less than 1"
-        )
+    if mistake := fractions_mistake(validation, test):
+        raise DataError(mistake)
     units = unit.max(initial=-1) + 1
     if units < 3:
         what = {"random": "rows", "time": "different days or times", "group": "groups"}[split]
@@ -144,10 +136,8 @@ def thin(n: int, max_rows: int | None) -> np.ndarray:
     return np.arange(max_rows) * n // max_rows
 
 
-def _units(split: str, key: np.ndarray | pd.Series | None, row: RowName) -> np.ndarray:
+def _units(split: str, key: np.ndarray | pd.Series, row: RowName) -> np.ndarray:
     """Return each row's day, group or side as an integer from 0 on, [N]."""
-    if key is None:
-        raise DataError(f"data.split={split} needs a column: set data.split_column")
     values = pd.Series(key).reset_index(drop=True)
     if (absent := values.isna()).any():
         place = row(int(absent.argmax()))

@@ -24,6 +24,7 @@ from mdn.data.kinds import common_types, read_text, to_days, to_number, to_text
 from mdn.data.rows import Data, Features, Rows
 from mdn.data.splits import Split, split_data, split_indices, thin
 from mdn.errors import DataError
+from mdn.split_options import STREAM, stream_mistake
 
 log = logging.getLogger(__name__)
 
@@ -298,9 +299,9 @@ class Parquet(Table):
     """
 
     stream: bool = False
-    held_out_rows: int = 200_000
-    sample_rows: int = 200_000
-    shuffle_rows: int = 262_144
+    held_out_rows: int = STREAM["held_out_rows"]
+    sample_rows: int = STREAM["sample_rows"]
+    shuffle_rows: int = STREAM["shuffle_rows"]
 
     kind = "Parquet"
     suffixes = SUFFIXES["mdn.data.tabular.Parquet"]
@@ -317,16 +318,12 @@ class Parquet(Table):
     def load(self) -> Data:
         if not self.stream:
             return super().load()
+        if mistake := stream_mistake(vars(self)):
+            raise DataError(mistake)
         # Here, as these modules build on this one.
         from mdn.data.first_pass import StreamOptions, open_stream
         from mdn.data.parquet import ParquetReader
 
-        for option, usual in (("split", "random"), ("split_column", None), ("max_rows", None)):
-            if (value := getattr(self, option)) != usual:
-                raise DataError(
-                    f"data.{option}={value} needs all rows in memory: leave it out, or set "
-                    "data.stream=false"
-                )
         reader = ParquetReader(self, *self._choose())
         data = open_stream(reader, StreamOptions.of(self))
         _log_categories(data)

@@ -95,7 +95,10 @@ def _alone(arrays: dict[str, Any]) -> Any:
 def _signature(name: Any, signatures: Mapping[str, Signature]) -> Signature:
     if type(name) is str and name in signatures:
         return signatures[name]
-    raise RequestError(f"no signature {_show(name)}: choose one of {', '.join(signatures)}")
+    found = (
+        f"no signature {_show(name)}" if type(name) is str else f"signature_name is {_kind(name)}"
+    )
+    raise RequestError(f"{found}: choose one of {', '.join(signatures)}")
 
 
 def _columns(given: Any, signature: Signature) -> dict[str, Any]:
@@ -265,7 +268,7 @@ def _kind(value: Any) -> str:
     return "a list" if type(value) is list else "an object"
 
 
-def _show(value: Any) -> str:
-    """Return a value for a message of one line, cut where it is long."""
+def _show(value: str) -> str:
+    """Return a string for a message of one line, cut where it is long."""
     text = orjson.dumps(value).decode()
     return text if len(text) <= _SHORT else f"{text[:_SHORT]}.."
