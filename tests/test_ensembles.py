@@ -412,7 +412,10 @@ def test_init_from_an_ensemble(finished, tmp_path, bare_runs, eager_steps):
         (["ensemble=five"], "ensemble=five: must be a valid integer"),
         (["ensemble=2", "model=vae", "data=digits"], "model=vae has no ensemble; set ensemble=1"),
         (["ensemble=2", "model=distribution"], "model=distribution has no ensemble"),
-        (["ensemble=2", "backbone=lstm"], "use backbone=mlp, resnet or constant"),
+        (
+            ["ensemble=2", "backbone=lstm", "data=npz", "data.path=steps.npz"],
+            "use backbone=mlp, resnet or constant",
+        ),
         (["ensemble=2", "strategy=mirrored"], "use strategy=auto, cpu or gpu"),
     ],
 )
