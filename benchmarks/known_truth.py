@@ -278,6 +278,9 @@ def draw(results: Results, path: Path) -> None:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
+    cells = [cell for row in results.cells.values() for cell in row.values()]
+    if known := [c["regret"] for c in cells if c["regret"] > 2.0 * c["regret_se"]]:
+        axes.set_ylim(bottom=0.3 * min(known))  # a regret like its error would stretch the axis
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=160)
 
