@@ -19,7 +19,7 @@ from mdn.data.checks import FLOAT32_MAX, check_rows
 from mdn.data.rows import Data, Features, Rows, Source
 from mdn.data.streams import Stream
 from mdn.errors import DataError
-from mdn.split_options import fractions_mistake
+from mdn.split_options import STREAM, fractions_mistake
 
 _PARTS = ("train", "validation", "test")
 
@@ -42,9 +42,9 @@ class StreamOptions:
     test: float = 0.1
     seed: int = 0
     missing: str = "error"
-    held_out_rows: int = 200_000
-    sample_rows: int = 200_000
-    shuffle_rows: int = 262_144
+    held_out_rows: int = STREAM["held_out_rows"]
+    sample_rows: int = STREAM["sample_rows"]
+    shuffle_rows: int = STREAM["shuffle_rows"]
 
     @classmethod
     def of(cls, source: Source) -> StreamOptions:

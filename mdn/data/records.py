@@ -24,6 +24,7 @@ from mdn.data.first_pass import StreamOptions, open_stream
 from mdn.data.rows import Data
 from mdn.data.tabular import check_column
 from mdn.errors import DataError
+from mdn.split_options import STREAM
 
 READ_BYTES = 4 * 2**20
 # A record's length comes before it, and sums of both, of four bytes, after the one and the other.
@@ -63,9 +64,9 @@ class TFRecord:
     validation: float = 0.1
     test: float = 0.1
     seed: int = 0
-    held_out_rows: int = 200_000
-    sample_rows: int = 200_000
-    shuffle_rows: int = 262_144
+    held_out_rows: int = STREAM["held_out_rows"]
+    sample_rows: int = STREAM["sample_rows"]
+    shuffle_rows: int = STREAM["shuffle_rows"]
 
     def __post_init__(self) -> None:
         for option in ("targets", "features"):

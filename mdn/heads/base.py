@@ -32,7 +32,7 @@ from mdn.fitting.start import NARROWEST_START, Start, cluster
 
 register = tf_keras.saving.register_keras_serializable(package="mdn")
 
-SPARE = 1e4  # between the standard deviation of targets, and what of a density is far from it
+HEADROOM = 1e4  # times the standard deviation of targets, that a density reaches on either side
 
 
 class Head(tfp.layers.DistributionLambda):
@@ -470,7 +470,7 @@ class Head(tfp.layers.DistributionLambda):
     def _check_scale(self, scale: np.ndarray) -> None:
         """Raise a DataError for the first target whose variance the dtype cannot hold."""
         number = np.finfo(self.dtype)
-        low, high = math.sqrt(number.tiny) * SPARE, math.sqrt(number.max) / SPARE
+        low, high = math.sqrt(number.tiny) * HEADROOM, math.sqrt(number.max) / HEADROOM
         bad = (scale < low) | (scale > high)
         if bad.any():
             i = int(bad.argmax())
